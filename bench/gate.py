@@ -1,0 +1,75 @@
+"""The correctness gate: no speed is reported for a model whose output is wrong."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from snapkernels.testing.numerics import relative_rms
+from snapvideo_core import FIT, Conditioning
+
+# Relative rms error of F against float64. The small presets land at 8e-3, 1e-3 and 6e-7; the seeded
+# bugs of tests/bench/test_gate.py at 7e-2 or more.
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
+
+
+def gate(
+    model: FIT,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    cond: Conditioning,
+    previous: torch.Tensor,
+) -> tuple[str, dict[str, float]]:
+    """Hold the output of `model` against the float64 reference with the same weights.
+
+    Returns:
+        "ok" or the reason it is not, and {"rms_vs_fp64": relative rms error of F}.
+    """
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        F, _ = model(x, sigma, cond, previous)
+        with float64_reference(model):
+            expected, _ = model(x.double(), sigma.double(), cond, previous.double())
+    error = relative_rms(F, expected)
+    limit = LIMITS[dtype]
+    ok = "ok" if error <= limit else f"relative rms error {error:.2e} vs float64, limit {limit:.2e}"
+    return ok, {"rms_vs_fp64": error}
+
+
+@contextmanager
+def float64_reference(model: FIT) -> Iterator[None]:
+    """Inside, `model` computes the reference equations in float64.
+
+    One sublayer at a time is widened for its own call and narrowed again, which loses nothing, so
+    that a model that fills half of the memory can be checked on the device it runs on.
+    """
+    dtype = next(model.parameters()).dtype
+    chosen = model.backend
+    ops: list[Any] = [module for module in model.modules() if hasattr(module, "backend")]
+    hooks = []
+    for unit in _sublayers(model):
+        hooks.append(unit.register_forward_pre_hook(lambda module, _: module.double() and None))
+        hooks.append(unit.register_forward_hook(lambda module, _, __: module.to(dtype) and None))
+    model.positions.data = model.positions.data.double()
+    for module in ops:
+        module.backend = "reference"
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in ops:
+            module.backend = chosen
+        model.to(dtype)
+
+
+def _sublayers(model: FIT) -> Iterator[nn.Module]:
+    """The modules whose forward the model calls, each small beside the whole."""
+    for name, child in model.named_children():
+        if name != "blocks":
+            yield child
+    for block in model.blocks:
+        for child in block.children():
+            yield from child if isinstance(child, nn.ModuleList) else [child]

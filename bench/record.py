@@ -1,0 +1,136 @@
+"""Records: one JSON form for every measured figure, and where the committed ones lie."""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "bench" / "records"
+
+FIELDS = ("schema", "commit", "dirty", "taken", "command", "device", "versions", "ceilings", "rows")
+ROW_FIELDS = ("case", "variant", "batch", "unit", "better", "gate", "includes")
+MEASURED_FIELDS = ("value", "p20", "p80", "floor", "pct_of_floor")
+
+
+def new_record(
+    command: str,
+    device: torch.device,
+    load: dict[str, list[float]],
+    ceilings: dict[str, float],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """A record of `rows`, with where, when and of which commit they were measured.
+
+    Args:
+        command: what was run, without paths of this machine.
+        device: where it ran.
+        load: "sm_clock_mhz" and "power_w", each [before, under load]; empty on a CPU.
+        ceilings: as `snapkernels.roofline.measure_ceilings` gives them.
+        rows: see DESIGN.md, "Records".
+    """
+    head, dirty = commit()
+    return {
+        "schema": SCHEMA,
+        "commit": head,
+        "dirty": dirty,
+        "taken": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": command,
+        "device": device_fields(device) | load,
+        "versions": versions(),
+        "ceilings": {name: round(value, 3) for name, value in ceilings.items()},
+        "rows": rows,
+    }
+
+
+def problems(record: dict[str, Any]) -> list[str]:
+    """What is wrong with the form of `record`; empty when nothing is."""
+    found = [f"field {name!r} is missing" for name in FIELDS if name not in record]
+    if record.get("schema") != SCHEMA:
+        found.append(f"schema is {record.get('schema')!r}, not {SCHEMA}")
+    for index, row in enumerate(record.get("rows", [])):
+        wanted = ROW_FIELDS + (MEASURED_FIELDS if row.get("gate") == "ok" else ())
+        found += [f"row {index}: {name!r} is missing" for name in wanted if name not in row]
+        if row.get("gate") != "ok" and "value" in row:
+            found.append(f"row {index}: a value beside gate {row.get('gate')!r}")
+    return found
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Write `record` to `path`, whole or not at all.
+
+    Raises:
+        ValueError: the record is not in form.
+    """
+    if wrong := problems(record):
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def newest(what: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest committed record whose file is named <date>-`what`.json, or None."""
+    found = [(path, json.loads(path.read_text())) for path in RECORDS.glob(f"*/*-{what}.json")]
+    return max(found, key=lambda pair: pair[1]["taken"], default=None)
+
+
+def commit() -> tuple[str, bool]:
+    """HEAD and whether the tree differs from it.
+
+    A tree copied without its history names its commit in SNAPKERNELS_COMMIT.
+    """
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("SNAPKERNELS_COMMIT", "unknown"), False
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def device_fields(device: torch.device) -> dict[str, Any]:
+    """Name, count and, of a GPU, driver."""
+    if device.type != "cuda":
+        return {"name": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads", "count": 1}
+    driver = query_gpu("driver_version")
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "count": 1,
+        "driver": driver[0] if driver else "unknown",
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what a figure depends on."""
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        import triton
+
+        found |= {
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def query_gpu(*fields: str) -> list[str] | None:
+    """What nvidia-smi says of the first GPU, a string a field; None where it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [field.strip() for field in done.stdout.splitlines()[0].split(",")]

@@ -1,0 +1,343 @@
+"""Throughput of the paper's models on a real clip: ms/video/GPU, as in its table 2.
+
+python bench/throughput.py                        # every preset that suits the machine
+python bench/throughput.py --preset 3.9b --batch 16 --mode infer --json figures.json
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gate import gate
+from load import watch_load
+from record import RECORDS, new_record, newest, write
+from report import figure_table
+from workload import Batch, build_model, load_batch
+
+from snapkernels.roofline import measure_ceilings, short_name
+from snapkernels.testing.timing import measure
+from snapvideo_core import (
+    FIT,
+    PRESETS,
+    FITConfig,
+    SnapDiffusion,
+    VideoError,
+    read_clip,
+    training_loss,
+)
+from snapvideo_core.flops import TRAIN_FORWARDS, graph_tflop, least_tflop
+
+CLIP = Path(__file__).resolve().parent / "clips" / "big_buck_bunny.mp4"
+GPU_BATCHES = {"500m": [16, 64], "3.9b": [16], "3.9b-up": [1]}
+CPU_BATCHES = {"mini": [1]}
+MODES = ("infer", "train")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORWARDS = {"infer": 1, "train": TRAIN_FORWARDS}
+INCLUDES = {
+    "infer": "one denoiser evaluation, no guidance",
+    "train": "self-conditioning pass over the whole batch + forward + backward, no optimiser",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every case of a run has in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    modes: tuple[str, ...]
+    clip: Path
+    framerate: float
+    repeats: int
+    ceilings: dict[str, float]
+
+    @property
+    def variant(self) -> str:
+        return f"{self.backend}-{short_name(self.dtype)}"
+
+    @property
+    def ceiling_tflop_s(self) -> float:
+        return self.ceilings[f"{short_name(self.dtype)}_tflop_s"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the bench; 0 when every case was measured, 1 when one was not, 2 on bad input."""
+    args = _parse(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
+    default_batches = GPU_BATCHES if on_gpu else CPU_BATCHES
+    presets = args.preset or list(default_batches)
+    try:
+        for config in map(PRESETS.__getitem__, presets):
+            size = (config.height, config.width)
+            read_clip(args.clip, frames=config.frames, size=size, framerate=args.framerate)
+    except VideoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not on_gpu:
+        figures = "the figures below are CPU figures"
+        print(f"No NVIDIA GPU here: {figures} ({', '.join(presets)}).", flush=True)
+    say("measuring the ceilings of this machine")
+    with watch_load(device) as load:
+        options = Options(
+            device=device,
+            dtype=dtype,
+            backend=args.backend,
+            modes=MODES if args.mode == "both" else (args.mode,),
+            clip=args.clip,
+            framerate=args.framerate,
+            repeats=args.repeats or (10 if on_gpu else 3),
+            ceilings=measure_ceilings(device, dtype),
+        )
+        rows = [
+            row
+            for name in presets
+            for row in bench_preset(
+                PRESETS[name], args.batch or default_batches.get(name, [1]), options
+            )
+        ]
+    flags = [f"--{k} {v}" for k, v in _reproducible(args).items()]
+    record = new_record(
+        " ".join(["python bench/throughput.py", *flags]), device, load, options.ceilings, rows
+    )
+    print_figures(record)
+    if args.json:
+        write(record, args.json)
+        print(f"record written to {args.json}")
+    if not on_gpu:
+        print_committed_record()
+    return 0 if all(row["gate"] == "ok" for row in rows) else 1
+
+
+def bench_preset(
+    config: FITConfig, batches: list[int], options: Options
+) -> Iterator[dict[str, Any]]:
+    """Gate and time one preset; a row for every batch size and mode."""
+    say(f"{config.name}: building {options.variant}")
+    cases = [(batch, mode) for batch in batches for mode in options.modes]
+    with reported_out_of_memory() as memory:
+        require_cpu_memory(config, options)
+        model = build_model(config, options.device, options.dtype, options.backend)
+        say(f"{config.name}: checking against the float64 reference")
+        verdict, error = gate_model(model, options)
+    if memory.exhausted:
+        verdict, error = "out of memory building or checking the model", {}
+    for batch, mode in cases:
+        row = {
+            "case": f"model/{config.name}/{mode}",
+            "variant": options.variant,
+            "batch": batch,
+            "unit": "ms/video",
+            "better": "lower",
+            "gate": verdict,
+            "error": error,
+            "includes": INCLUDES[mode],
+            "tflop": significant(graph_tflop(config) * FORWARDS[mode]),
+        }
+        if verdict == "ok":
+            with reported_out_of_memory() as memory:
+                row |= time_case(model, batch, mode, options)
+            if memory.exhausted:
+                row["gate"] = "out of memory"
+        if row["gate"] != "ok":
+            print(f"{row['case']} batch {batch}: no figure: {row['gate']}", file=sys.stderr)
+        yield row
+
+
+def gate_model(model: FIT, options: Options) -> tuple[str, dict[str, float]]:
+    """The gate on one video of the bench's own input, with latents of an earlier evaluation."""
+    model.eval()
+    data = load_batch(options.clip, model.config, 1, options.framerate, options.device)
+    sigma = data.sigma[:, None, None, None, None]
+    x = SnapDiffusion(sigma_in=model.config.sigma_in).c_in(sigma) * data.x_sigma
+    with torch.no_grad():
+        _, previous = model(x, data.sigma, data.cond)
+    verdict, error = gate(model, x, data.sigma, data.cond, previous)
+    if options.backend == "eager":
+        error["rms_eager"] = error["rms_vs_fp64"]
+    return verdict, error
+
+
+def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, Any]:
+    """The measured fields of one row, or its red gate."""
+    config = model.config
+    data = load_batch(options.clip, config, batch, options.framerate, options.device)
+    call = {"infer": _inference, "train": _training_step}[mode](model, data)
+    case = f"model/{config.name}/{mode} batch {batch}"
+    say(f"{case}: warming up")
+    call()
+    if mode == "train" and not all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    ):
+        return {"gate": "a gradient is missing or not finite"}
+    if options.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timing = measure(
+        call,
+        options.device,
+        repeats=options.repeats,
+        warmup=1,
+        progress=lambda done: say(f"{case}: repetition {done} of {options.repeats}"),
+    )
+    model.zero_grad(set_to_none=True)
+    floor = FORWARDS[mode] * least_tflop(config) / options.ceiling_tflop_s * 1e3
+    value, p20, p80 = (significant(ms / batch) for ms in timing)
+    measured = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
+    measured["pct_of_floor"] = round(100 * floor / value, 1)
+    if options.device.type == "cuda":
+        measured["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return measured
+
+
+def _inference(model: FIT, data: Batch) -> Callable[[], object]:
+    """One denoiser evaluation: c_in and c_skip scaling, network, self-conditioned."""
+    model.eval()
+    diffusion = SnapDiffusion(sigma_in=model.config.sigma_in)
+    with torch.no_grad():
+        _, previous = diffusion.denoise(model, data.x_sigma, data.sigma, data.cond)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        diffusion.denoise(model, data.x_sigma, data.sigma, data.cond, previous)
+
+    return evaluate
+
+
+def _training_step(model: FIT, data: Batch) -> Callable[[], object]:
+    """Both passes and the backward pass; gradients are made anew, as after an optimiser step."""
+    model.train()
+    diffusion = SnapDiffusion(sigma_in=model.config.sigma_in)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        training_loss(model, diffusion, data.video, data.cond, sigma=data.sigma).backward()
+
+    return step
+
+
+def require_cpu_memory(config: FITConfig, options: Options) -> None:
+    """Raise MemoryError where the weights and gradients alone exceed a CPU's free memory.
+
+    Linux would grant them and then kill the process without a word.
+    """
+    if options.device.type == "cpu":
+        with torch.device("meta"):
+            numbers = sum(parameter.numel() for parameter in FIT(config).parameters())
+        needed = numbers * options.dtype.itemsize * (2 if "train" in options.modes else 1)
+        meminfo = Path("/proc/meminfo").read_text()
+        available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+        if needed > available:
+            raise MemoryError
+
+
+@dataclass
+class Memory:
+    """Whether it ran out."""
+
+    exhausted: bool = False
+
+
+@contextmanager
+def reported_out_of_memory() -> Iterator[Memory]:
+    """Turn running out of memory, on the GPU or the CPU, into a flag."""
+    memory = Memory()
+    try:
+        yield memory
+    except (torch.OutOfMemoryError, MemoryError):
+        memory.exhausted = True
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        memory.exhausted = True
+    if memory.exhausted and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def print_figures(record: dict[str, Any]) -> None:
+    """The table of a record, with its ceilings above it."""
+    ceilings = ", ".join(f"{name} {value:g}" for name, value in record["ceilings"].items())
+    print(f"\n{record['device']['name']}; ceilings measured in this process: {ceilings}")
+    print(figure_table(record))
+
+
+def print_committed_record() -> None:
+    """The newest GPU record of the repository, for comparison."""
+    found = newest("throughput")
+    if found is None:
+        print("\nNo GPU record is committed yet.")
+        return
+    path, record = found
+    print(f"\nThe newest committed GPU record, {path.relative_to(RECORDS.parent.parent)}:")
+    print_figures(record)
+
+
+def significant(value: float) -> float:
+    """`value` to five significant digits."""
+    return float(f"{value:.5g}")
+
+
+def say(message: str) -> None:
+    """Progress, kept out of the figures' stream."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), metavar="NAME")
+    parser.add_argument("--batch", nargs="+", type=_positive_int, metavar="N")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--backend", choices=["eager", "reference"], default="eager")
+    parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
+    parser.add_argument("--clip", type=Path, default=CLIP, help="a video or image file")
+    parser.add_argument(
+        "--framerate", type=_positive_float, default=24.0, help="frames/s of the clip read"
+    )
+    parser.add_argument("--repeats", type=_positive_int, help="default: 10 on a GPU, else 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    args = parser.parse_args(arguments)
+    if args.json and not args.json.resolve().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist")
+    return args
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _reproducible(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that differ from none given, without paths of this machine."""
+    flags = {
+        "preset": " ".join(args.preset or []),
+        "batch": " ".join(map(str, args.batch or [])),
+        "dtype": args.dtype,
+        "backend": args.backend if args.backend != "eager" else None,
+        "mode": args.mode if args.mode != "both" else None,
+        "clip": args.clip.name if args.clip != CLIP else None,
+        "framerate": args.framerate if args.framerate != 24 else None,
+        "repeats": args.repeats,
+    }
+    return {name: value for name, value in flags.items() if value}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The ops, one folder a family; families do not import each other."""

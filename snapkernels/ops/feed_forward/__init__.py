@@ -1,0 +1,1 @@
+"""The feed-forward sublayer of patch and latent tokens."""

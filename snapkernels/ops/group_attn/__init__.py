@@ -1,0 +1,1 @@
+"""Grouped cross-attention between latent tokens and patch (or conditioning) tokens."""

@@ -1,0 +1,40 @@
+"""Grouped cross-attention as a careful user writes it: linear layers around SDPA.
+
+PyTorch chooses the SDPA backend. This is the baseline of every later ratio.
+"""
+
+import torch
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+
+from snapkernels.ops.group_attn.weights import CrossAttentionWeights
+
+
+def cross_attention(
+    q_tokens: torch.Tensor,
+    kv_tokens: torch.Tensor,
+    w: CrossAttentionWeights,
+    num_heads: int,
+    mask_BGK: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    def by_head(tokens_BGXI: torch.Tensor) -> torch.Tensor:
+        """(B, G, X, I) -> (B * G, H, X, E), without a copy."""
+        return tokens_BGXI.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    attn_mask = readable = None
+    if mask_BGK is not None:
+        # SDPA's backends disagree on a row with nothing to read; such a row reads all, times zero.
+        readable = mask_BGK.any(-1, keepdim=True)
+        attn_mask = (mask_BGK | ~readable).flatten(0, 1)[:, None, None, :]
+    q_in = layer_norm(q_tokens, q_tokens.shape[-1:], w.q_norm_weight, w.q_norm_bias, eps)
+    kv_in = layer_norm(kv_tokens, kv_tokens.shape[-1:], w.kv_norm_weight, w.kv_norm_bias, eps)
+    context = scaled_dot_product_attention(
+        by_head(linear(q_in, w.q_weight, w.q_bias)),
+        by_head(linear(kv_in, w.k_weight, w.k_bias)),
+        by_head(linear(kv_in, w.v_weight, w.v_bias)),
+        attn_mask=attn_mask,
+    )
+    context_BGQI = context.transpose(1, 2).flatten(2).unflatten(0, q_tokens.shape[:2])
+    if readable is not None:
+        context_BGQI = context_BGQI * readable[..., None]
+    return q_tokens + linear(context_BGQI, w.o_weight, w.o_bias)

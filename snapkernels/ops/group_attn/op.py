@@ -1,0 +1,94 @@
+"""group_read and group_write: cross-attention inside each group, from LayerNorm to residual.
+
+Legend: B batch, G groups, L latent tokens of one group, D their width, N patch tokens of one
+group, C their width, I inner width (heads times head dimension).
+"""
+
+import torch
+
+from snapkernels.dispatch import choose
+from snapkernels.ops.group_attn import eager, reference
+from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
+from snapkernels.validate import Arguments
+
+BACKENDS = {"reference": reference.cross_attention, "eager": eager.cross_attention}
+
+
+def group_read(
+    latents: torch.Tensor,
+    patches: torch.Tensor,
+    weights: CrossAttentionWeights,
+    *,
+    num_heads: int,
+    mask: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Latents read the patches of their own group (paper section 3.4, figure 3b "XAttn").
+
+    latents + o(softmax(q k^T / sqrt(head dim)) v) with q from LN(latents), k and v from
+    LN(patches). With one group and conditioning tokens for patches it is the conditioning read.
+
+    Args:
+        latents: (B, G, L, D), floating point; sets the dtype of every other tensor.
+        patches: (B, G, N, C).
+        weights: see `CrossAttentionWeights`; the query side has width D, the other width C.
+        num_heads: must divide the inner width I.
+        mask: (B, G, N) bool, True where a patch may be read. A latent whose group has none gets
+            zero attention, so its branch is o's bias.
+        eps: of both LayerNorms.
+        backend: "eager" (default) or "reference".
+
+    Returns:
+        (B, G, L, D), the latents with the branch added.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that disagree, num_heads that does not divide I, or
+            an unknown backend.
+    """
+    implementation = choose("group_read", BACKENDS, backend)
+    args = Arguments("group_read")
+    args.bind("latents", latents, "B G L D")
+    args.bind("patches", patches, "B G N C")
+    _bind_weights(args, weights, num_heads)
+    if mask is not None:
+        args.bind("mask", mask, "B G N", dtype=torch.bool)
+    return implementation(latents, patches, weights, num_heads, mask, eps)
+
+
+def group_write(
+    patches: torch.Tensor,
+    latents: torch.Tensor,
+    weights: CrossAttentionWeights,
+    *,
+    num_heads: int,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Patches are updated from the latents of their own group (paper section 3.4, "write").
+
+    The same equation as `group_read` with the roles changed: q comes from LN(patches), k and v
+    from LN(latents).
+
+    Args:
+        patches: (B, G, N, D), floating point; sets the dtype of every other tensor.
+        latents: (B, G, L, C).
+        weights, num_heads, eps, backend: as in `group_read`.
+
+    Returns:
+        (B, G, N, D), the patches with the branch added.
+
+    Raises:
+        ValueError: as in `group_read`.
+    """
+    implementation = choose("group_write", BACKENDS, backend)
+    args = Arguments("group_write")
+    args.bind("patches", patches, "B G N D")
+    args.bind("latents", latents, "B G L C")
+    _bind_weights(args, weights, num_heads)
+    return implementation(patches, latents, weights, num_heads, None, eps)
+
+
+def _bind_weights(args: Arguments, weights: CrossAttentionWeights, num_heads: int) -> None:
+    args.bind_fields("weights", weights, DIMS)
+    args.divides("num_heads", num_heads, "inner width I", args.sizes["I"])

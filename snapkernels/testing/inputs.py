@@ -1,0 +1,37 @@
+"""Random inputs that leave no term of an equation at zero."""
+
+from typing import TypeVar
+
+import torch
+
+Weights = TypeVar("Weights", bound=tuple)
+
+
+def random_weights(
+    kind: type[Weights],
+    dims: dict[str, str],
+    sizes: dict[str, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Weights:
+    """Random parameters of one sublayer: `kind`'s fields in the shapes `dims` names.
+
+    Matrices keep the variance of their input, LayerNorm gains are near 1, biases near 0.3.
+
+    Args:
+        kind: a weights tuple such as `CrossAttentionWeights`.
+        dims: its `DIMS`, {field: dimension names}.
+        sizes: {dimension name: size}.
+        dtype, device, generator: of the tensors; the generator is on the same device.
+    """
+
+    def draw(field: str, names: list[str]) -> torch.Tensor:
+        shape = [sizes[name] for name in names]
+        values = torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
+        if len(names) == 2:
+            return values * shape[1] ** -0.5
+        return 1 + 0.2 * values if field.endswith("norm_weight") else 0.3 * values
+
+    return kind(**{field: draw(field, names.split()).to(dtype) for field, names in dims.items()})

@@ -1,0 +1,26 @@
+"""Snap Video's models and diffusion, thin, on the public functions of snapkernels."""
+
+from snapvideo_core.config import PRESETS, FITConfig
+from snapvideo_core.diffusion import Diffusion, EDMDiffusion, SnapDiffusion
+from snapvideo_core.fit import FIT, Conditioning
+from snapvideo_core.sampler import SelfConditionedDenoiser, sample, sigma_schedule
+from snapvideo_core.training import sample_sigma, training_loss
+from snapvideo_core.video import Clip, VideoError, read_clip
+
+__all__ = [
+    "FIT",
+    "PRESETS",
+    "Clip",
+    "Conditioning",
+    "Diffusion",
+    "EDMDiffusion",
+    "FITConfig",
+    "SelfConditionedDenoiser",
+    "SnapDiffusion",
+    "VideoError",
+    "read_clip",
+    "sample",
+    "sample_sigma",
+    "sigma_schedule",
+    "training_loss",
+]

@@ -1,0 +1,87 @@
+"""The training loss of one batch, self-conditioning and label dropout included (appendix B)."""
+
+import torch
+
+from snapvideo_core.diffusion import Diffusion
+from snapvideo_core.fit import FIT, Conditioning
+
+
+def sample_sigma(
+    batch: int,
+    *,
+    mean: float = -1.2,
+    std: float = 1.2,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draw (batch,) float32 noise levels with ln sigma ~ N(mean, std^2), EDM's p_train."""
+    return (mean + std * torch.randn(batch, device=device, generator=generator)).exp()
+
+
+def training_loss(
+    model: FIT,
+    diffusion: Diffusion,
+    video: torch.Tensor,
+    cond: Conditioning,
+    *,
+    sigma: torch.Tensor | None = None,
+    eps: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """The loss of one batch; call backward() on it.
+
+    The network runs twice on the same x_sigma, sigma and text: first without gradients and
+    without previous latents, on the whole batch; then on the latents of that pass, zeroed for a
+    video with probability 1 - `config.self_conditioning`. The text of a video is dropped with
+    probability `config.label_dropout`. Hidden dropout draws from PyTorch's default generator.
+
+    Args:
+        model: in training mode for dropout to act.
+        diffusion: its sigma_in should be the config's.
+        video: (B, 3, T, H, W) in [-1, 1].
+        cond: conditioning of the same videos.
+        sigma, eps: (B,) and video-shaped; drawn when None.
+        generator: for everything drawn here, on the video's device.
+
+    Returns:
+        A float32 scalar.
+    """
+    config, batch, device = model.config, len(video), video.device
+    if sigma is None:
+        sigma = sample_sigma(batch, device=device, generator=generator)
+    if eps is None:
+        eps = torch.randn(video.shape, device=device, generator=generator)
+
+    def happens(probability: float) -> torch.Tensor:
+        return torch.rand(batch, device=device, generator=generator) < probability
+
+    cond = cond.with_text_kept(~happens(config.label_dropout))
+    sigma_B1111 = sigma[:, None, None, None, None]
+    x_in = diffusion.c_in(sigma_B1111) * diffusion.noise(video, eps, sigma)
+    with torch.no_grad():
+        _, previous = model(x_in, sigma, cond)
+    previous = previous * happens(config.self_conditioning)[:, None, None]
+    F, _ = model(x_in, sigma, cond, previous)
+    return diffusion.loss(F, video, eps, sigma)
+
+
+def augment_low_res(
+    low_res: torch.Tensor, level: torch.Tensor, *, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Noise an upsampler's low-resolution input (section 3.4, "variable level of noise").
+
+    sqrt(g) low_res + sqrt(1 - g) eps with g = cos^2(pi level / 2), before it is upsampled.
+
+    Args:
+        low_res: (B, 3, T, h, w) in [-1, 1].
+        level: (B,) in [0, 1]; uniform in training, a fixed small one at inference.
+        generator: for eps, on the video's device.
+
+    Raises:
+        ValueError: level is not (B,).
+    """
+    if level.shape != low_res.shape[:1]:
+        raise ValueError(f"level must be {tuple(low_res.shape[:1])}, got {tuple(level.shape)}")
+    angle = (level * torch.pi / 2)[:, None, None, None, None]
+    eps = torch.randn(low_res.shape, device=low_res.device, generator=generator)
+    return angle.cos() * low_res + angle.sin() * eps

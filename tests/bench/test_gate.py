@@ -1,0 +1,74 @@
+"""The gate passes the model as it is and turns red for each seeded bug."""
+
+import gate as gate_module
+import pytest
+import torch
+from throughput import CLIP
+from workload import build_model, load_batch
+
+from snapkernels.ops.feed_forward import op as feed_forward
+from snapkernels.ops.group_attn import op as group_attn
+from snapkernels.ops.latent_attn import op as latent_attn
+from snapkernels.ops.patch import op as patch
+from snapvideo_core import PRESETS, SnapDiffusion
+
+CPU = torch.device("cpu")
+BUGS = {
+    "groups rolled": (group_attn.BACKENDS, lambda f: lambda q, kv, *a: f(q, kv.roll(1, 1), *a)),
+    "mask ignored": (
+        group_attn.BACKENDS,
+        lambda f: lambda q, kv, w, heads, mask, eps: f(q, kv, w, heads, None, eps),
+    ),
+    "second half of the keys dropped": (
+        group_attn.BACKENDS,
+        lambda f: (
+            lambda q, kv, w, heads, mask, eps: f(
+                q, kv if mask is not None else kv[:, :, : kv.shape[2] // 2], w, heads, mask, eps
+            )
+        ),
+    ),
+    "q and k swapped": (
+        latent_attn.BACKENDS,
+        lambda f: lambda z, w, *a: f(z, w._replace(q_weight=w.k_weight, k_weight=w.q_weight), *a),
+    ),
+    "self-attention left out": (latent_attn.BACKENDS, lambda f: lambda z, *a: z),
+    "residual left out": (feed_forward.BACKENDS, lambda f: lambda x, *a: f(x, *a) - x),
+    "video mirrored": (patch.UNPATCHIFY, lambda f: lambda x, *a: f(x, *a).flip(-1)),
+    "not a number": (patch.UNPATCHIFY, lambda f: lambda x, *a: f(x, *a) * float("nan")),
+}
+
+
+def run_gate(preset, dtype):
+    config = PRESETS[preset]
+    model = build_model(config, CPU, dtype, "eager").eval()
+    data = load_batch(CLIP, config, 1, 24.0, CPU)
+    x = SnapDiffusion(sigma_in=config.sigma_in).c_in(data.sigma.view(1, 1, 1, 1, 1)) * data.x_sigma
+    previous = torch.randn(1, config.num_latents, config.latent_dim)
+    return gate_module.gate(model, x, data.sigma, data.cond, previous)
+
+
+@pytest.mark.parametrize("dtype", gate_module.LIMITS, ids=str)
+@pytest.mark.parametrize("preset", ["mini", "tiny-up"])
+def test_the_model_passes(preset, dtype):
+    verdict, error = run_gate(preset, dtype)
+    assert verdict == "ok"
+    assert 0 < error["rms_vs_fp64"] <= gate_module.LIMITS[dtype]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_seeded_bug_turns_it_red(bug, monkeypatch):
+    backends, break_it = BUGS[bug]
+    monkeypatch.setitem(backends, "eager", break_it(backends["eager"]))
+    verdict, _ = run_gate("mini", torch.bfloat16)
+    assert verdict.startswith("relative rms error")
+
+
+def test_the_model_comes_back_as_it_was():
+    model = build_model(PRESETS["tiny"], CPU, torch.bfloat16, "eager").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with gate_module.float64_reference(model):
+        assert model.positions.dtype == torch.float64
+        assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"reference"}
+    assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"eager"}
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.bfloat16 and torch.equal(value, before[name]), name

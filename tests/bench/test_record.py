@@ -1,0 +1,110 @@
+"""Records: their form, the committed ones, and the README table made from them."""
+
+import copy
+import json
+
+import pytest
+import record
+import report
+import torch
+
+ROW = {
+    "case": "model/500m/infer",
+    "variant": "eager-bf16",
+    "batch": 16,
+    "unit": "ms/video",
+    "better": "lower",
+    "value": 2.0,
+    "p20": 1.9,
+    "p80": 2.1,
+    "floor": 1.0,
+    "pct_of_floor": 50.0,
+    "tflop": 0.7,
+    "gate": "ok",
+    "includes": "one denoiser evaluation, no guidance",
+}
+COMMITTED = sorted(record.RECORDS.glob("*/*.json"))
+
+
+@pytest.fixture
+def figures():
+    ceilings = {"copy_tb_s": 3.0, "bf16_tflop_s": 700.0}
+    return record.new_record(
+        "python bench/throughput.py", torch.device("cpu"), {}, ceilings, [copy.deepcopy(ROW)]
+    )
+
+
+def test_a_record_says_where_when_and_of_which_commit(figures, tmp_path):
+    assert record.problems(figures) == []
+    record.write(figures, tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == figures
+    assert list(tmp_path.iterdir()) == [tmp_path / "r.json"]
+    assert figures["versions"]["torch"] == torch.__version__
+    assert figures["commit"] and figures["device"]["name"].startswith("CPU")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda r: r.pop("ceilings"), "field 'ceilings' is missing"),
+        (lambda r: r.update(schema=2), "schema is 2, not 1"),
+        (lambda r: r["rows"][0].pop("floor"), "row 0: 'floor' is missing"),
+        (lambda r: r["rows"][0].pop("includes"), "row 0: 'includes' is missing"),
+        (lambda r: r["rows"][0].update(gate="red"), "row 0: a value beside gate 'red'"),
+    ],
+)
+def test_a_record_out_of_form_is_not_written(break_it, message, figures, tmp_path):
+    break_it(figures)
+    with pytest.raises(ValueError, match=message):
+        record.write(figures, tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_newest_record_is_found_by_when_it_was_taken(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    assert record.newest("throughput") is None
+    for folder, taken in (("h200", "2026-01-02T00:00:00Z"), ("h100", "2026-01-03T00:00:00Z")):
+        (tmp_path / folder).mkdir()
+        record.write(figures | {"taken": taken}, tmp_path / folder / "2026-01-01-throughput.json")
+        record.write(figures, tmp_path / folder / "2026-01-04-other.json")
+    path, found = record.newest("throughput")
+    assert path.parent.name == "h100" and found["taken"] == "2026-01-03T00:00:00Z"
+
+
+def test_the_table_shows_ours_the_ceiling_the_floor_and_the_paper(figures):
+    header, _, first, *rest = report.figure_table(figures).splitlines()
+    names, values = ([c.strip() for c in line.split("|")[1:-1]] for line in (header, first))
+    cells = dict(zip(names, values, strict=True))
+    assert cells == {
+        "case": "model/500m/infer",
+        "variant": "eager-bf16",
+        "batch": "16",
+        "ms/video (p20-p80)": "2 (1.9-2.1)",
+        "TFLOP/s": "350",
+        "% of ceiling": "50",
+        "floor ms": "1",
+        "% of floor": "50",
+        "peak GiB": "",
+        "paper, A100": "23.4",
+    }
+    assert sum("paper-a100" in line for line in rest) == 7
+    figures["rows"][0] = {k: v for k, v in ROW.items() if k != "value"} | {"gate": "wrong"}
+    assert "no figure" in report.figure_table(figures)
+
+
+def test_every_committed_record_is_in_form_and_clean():
+    for path in COMMITTED:
+        found = json.loads(path.read_text())
+        assert record.problems(found) == [], path
+        assert found["dirty"] is False and len(found["commit"]) == 40, path
+
+
+def test_readme_table_is_what_the_records_say():
+    readme = (record.ROOT / "README.md").read_text()
+    assert report.rendered(readme) == readme
+    assert report.rendered(readme.replace("| model/", "| model/x")) == readme
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match=r"README\.md needs"):
+        report.rendered(f"{report.END} {report.BEGIN}")

@@ -1,0 +1,154 @@
+"""The throughput bench as a user runs it: figures, records, one line for what is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import record
+import throughput
+import torch
+
+from snapkernels.testing.timing import Timing
+from snapvideo_core.config import TINY
+from snapvideo_core.flops import graph_tflop, least_tflop
+
+
+def run(*arguments):
+    command = [sys.executable, "bench/throughput.py", *arguments]
+    return subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """These tests hold on any machine: the GPU is hidden from them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_every_mode_gives_figures_and_a_record(tmp_path):
+    target = tmp_path / "figures.json"
+    done = run("--preset", "tiny", "tiny-up", "--batch", "1", "2", "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    written = json.loads(target.read_text())
+    assert record.problems(written) == []
+    cases = [(row["case"], row["batch"]) for row in written["rows"]]
+    assert cases == [
+        (f"model/{preset}/{mode}", batch)
+        for preset in ("tiny", "tiny-up")
+        for batch in (1, 2)
+        for mode in ("infer", "train")
+    ]
+    for row in written["rows"]:
+        assert row["gate"] == "ok" and row["variant"] == "eager-fp32"
+        assert 0 < row["p20"] <= row["value"] <= row["p80"]
+        assert row["pct_of_floor"] == pytest.approx(100 * row["floor"] / row["value"], abs=0.1)
+        assert f"| {row['case']} " in done.stdout
+    infer, train = written["rows"][0], written["rows"][1]
+    ceiling = written["ceilings"]["fp32_tflop_s"]
+    assert infer["floor"] == pytest.approx(least_tflop(TINY) / ceiling * 1e3, rel=0.05)
+    assert train["tflop"] == pytest.approx(4 * graph_tflop(TINY), rel=1e-4)
+    assert "CPU figures" in done.stdout
+    assert "model/500m/infer" in done.stdout and "23.4" in done.stdout  # the paper's row
+    assert "repetition 3 of 3" in done.stderr  # progress
+    assert "GPU record" in done.stdout
+    assert str(tmp_path) not in target.read_text()
+
+
+def test_the_clip_decides_what_the_model_sees(tmp_path):
+    """An image as input is a clip of infinite framerate."""
+    import av
+
+    with av.open(str(tmp_path / "still.png"), "w") as container:
+        stream = container.add_stream("png")
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb24"
+        frame = av.VideoFrame(64, 48, "rgb24")
+        container.mux(stream.encode(frame))
+    done = run("--preset", "tiny", "--mode", "infer", "--clip", str(tmp_path / "still.png"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "4b"], "invalid choice: '4b'"),
+        (["--clip", "missing.mp4"], "error: missing.mp4: "),
+        (["--clip", "README.md"], "error: README.md: "),
+        (["--batch", "0"], "must be a whole number above 0, got '0'"),
+        (["--repeats", "two"], "must be a whole number above 0, got 'two'"),
+        (["--framerate", "-1"], "must be a number above 0, got '-1'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--backend", "cudnn"], "invalid choice: 'cudnn'"),
+        (["--json", "no/such/folder/figures.json"], "its folder does not exist"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+    ],
+    ids=["gpu", "python", "allocator"],
+)
+def test_running_out_of_memory_is_one_line_and_the_rest_goes_on(failure, monkeypatch, capsys):
+    whole = throughput.training_loss
+
+    def loss(model, diffusion, video, cond, **options):
+        if len(video) > 1:
+            raise failure
+        return whole(model, diffusion, video, cond, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput, "training_loss", loss)
+    assert throughput.main(["--preset", "tiny", "--batch", "2", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "model/tiny/train batch 2: no figure: out of memory" in err
+    assert len(re.findall(r"no figure *\|", out)) == 1
+    assert len(re.findall(r"\| model/tiny/(infer|train) .*\(.*-.*\)", out)) == 3
+
+
+def test_a_model_too_large_for_a_cpus_memory_is_refused_before_it_is_built(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput.Path, "read_text", lambda _: "MemAvailable:  100 kB")
+    monkeypatch.setattr(throughput, "build_model", lambda *_: pytest.fail("it was built"))
+    assert throughput.main(["--preset", "tiny", "--mode", "infer"]) == 1
+    assert "no figure: out of memory" in capsys.readouterr().err
+
+
+def test_figures_are_a_videos_share_of_a_batch(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: Timing(12.0, 10.0, 14.0))
+    monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: {"fp32_tflop_s": 0.5})
+    target = tmp_path / "figures.json"
+    assert throughput.main(["--preset", "tiny", "--batch", "2", "--json", str(target)]) == 0
+    infer, train = json.loads(target.read_text())["rows"]
+    for row, forwards in ((infer, 1), (train, 4)):
+        assert (row["value"], row["p20"], row["p80"], row["batch"]) == (6.0, 5.0, 7.0, 2)
+        floor = forwards * least_tflop(TINY) / 0.5 * 1e3
+        assert row["floor"] == pytest.approx(floor, rel=1e-4)
+        assert row["pct_of_floor"] == pytest.approx(100 * floor / 6.0, abs=0.05)
+
+
+def test_no_speed_on_a_red_gate(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput, "gate", lambda *_: ("wrong", {"rms_vs_fp64": 1.0}))
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: pytest.fail("it was timed"))
+    monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: {"fp32_tflop_s": 1.0})
+    assert throughput.main(["--preset", "tiny"]) == 1
+    assert "no figure: wrong" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_is_a_red_gate(monkeypatch, capsys):
+    whole = throughput.training_loss
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput, "training_loss", lambda *a, **o: whole(*a, **o) * float("nan"))
+    assert throughput.main(["--preset", "tiny", "--mode", "train"]) == 1
+    assert "a gradient is missing or not finite" in capsys.readouterr().err

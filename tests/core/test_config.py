@@ -1,0 +1,102 @@
+"""The paper's sizes: geometry, parameter counts, counted work."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from snapvideo_core import FIT, PRESETS, Conditioning
+from snapvideo_core.config import FIT_3_9B, FIT_3_9B_UP, FIT_500M, TINY, TINY_UP
+from snapvideo_core.flops import forward_flops, graph_tflop, least_tflop
+
+
+def meta_conditioning(config, batch=1):
+    with torch.device("meta"):
+        return Conditioning(
+            framerate=torch.ones(batch),
+            resolution=torch.ones(batch, 2),
+            text=torch.ones(batch, config.text_length, config.text_dim),
+            text_mask=torch.ones(batch, config.text_length, dtype=torch.bool),
+            low_res=torch.ones(batch, 3, 16, *config.low_res) if config.low_res else None,
+            augmentation=torch.ones(batch) if config.low_res else None,
+        )
+
+
+def parameters_m(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in FIT(config).parameters()) / 1e6
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [
+        (FIT_500M, 494.1),
+        (FIT_3_9B, 3911.3),
+        (FIT_3_9B_UP, 3917.1),
+        (replace(FIT_3_9B_UP, positions="token"), 4063.4),
+    ],
+)
+def test_parameter_counts(config, millions):
+    assert round(parameters_m(config), 1) == millions
+
+
+@pytest.mark.parametrize(
+    ("config", "grid", "groups", "group_tokens"),
+    [
+        (FIT_500M, (16, 10, 16), 8, 320),
+        (FIT_3_9B, (16, 10, 16), 8, 320),
+        (FIT_3_9B_UP, (16, 72, 128), 32, 4608),
+    ],
+)
+def test_table_8_geometry(config, grid, groups, group_tokens):
+    assert (config.grid, config.num_groups, config.group_tokens) == (grid, groups, group_tokens)
+    assert config.padded_height == {36: 40, 288: 288}[config.height]
+
+
+def test_heads_of_table_8():
+    for config, patch_heads, latent_heads in [(FIT_500M, 16, 16), (FIT_3_9B_UP, 16, 24)]:
+        with torch.device("meta"):
+            block = FIT(replace(config, blocks=1)).blocks[0]
+        assert block.read.num_heads == block.write.num_heads == patch_heads
+        assert block.cond_read.num_heads == patch_heads
+        assert block.global_layers[0][0].num_heads == latent_heads
+
+
+@pytest.mark.parametrize("config", [FIT_500M, FIT_3_9B, FIT_3_9B_UP], ids=lambda c: c.name)
+def test_counted_work_is_what_the_model_does(config):
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        video = torch.ones(1, 3, config.frames, config.height, config.width)
+        FIT(config)(video, torch.ones(1), meta_conditioning(config))
+    assert sum(forward_flops(config).values()) == counter.get_total_flops()
+
+
+def test_work_in_tflop():
+    for config, graph, least in [
+        (FIT_500M, 0.703, 0.703),
+        (FIT_3_9B, 6.435, 6.435),
+        (FIT_3_9B_UP, 28.52, 23.75),
+    ]:
+        assert graph_tflop(config) == pytest.approx(graph, rel=1e-3)
+        assert least_tflop(config) == pytest.approx(least, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=lambda c: c.name)
+def test_presets_are_found_by_name(config):
+    assert PRESETS[config.name] is config
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (TINY, {"width": 36}, r"token grid \(4, 5, 9\) \(T, H, W\) is not made of group=\(4, 5, 4"),
+        (TINY, {"frames": 6}, "is not made of group"),
+        (TINY, {"num_latents": 9}, "num_latents = 9 do not divide among 2 groups"),
+        (TINY, {"cond_dim": 20}, "cond_dim must be divisible by 8, got 20"),
+        (TINY, {"positions": "rows"}, "positions must be"),
+        (TINY_UP, {"low_res": (7, 32)}, r"low_res = \(7, 32\) does not divide"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(config, change, message):
+    with pytest.raises(ValueError, match=f"^tiny.*{message}"):
+        replace(config, **change)

@@ -1,0 +1,112 @@
+"""patchify and unpatchify: order, inverse, gradients, bad input."""
+
+import pytest
+import torch
+
+from snapkernels import patchify, unpatchify
+
+BACKENDS = ["reference", "eager"]
+# One non-square, several groups along each axis, channels that are neither 1 nor 3.
+GROUP, SIZE, CHANNELS, PATCH = (2, 3, 2), (4, 12, 12), 5, 2
+
+
+def video(dtype=torch.float64, batch=2):
+    shape = (batch, CHANNELS, *SIZE)
+    return torch.arange(torch.Size(shape).numel(), dtype=dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_element_order_is_the_documented_one(backend):
+    tokens = patchify(video(), patch=PATCH, group=GROUP, backend=backend)
+    assert tokens.shape == (2, 2 * 2 * 3, 12, CHANNELS * 4)
+    assert tokens.is_contiguous()
+    for b, g, n, f in [(0, 0, 0, 0), (1, 7, 5, 13), (1, 11, 11, 19), (0, 4, 9, 6), (1, 2, 1, 3)]:
+        gt, gh, gw = g // 6, g // 3 % 2, g % 3
+        nt, nh, nw = n // 6, n // 2 % 3, n % 2
+        c, i, j = f // 4, f // 2 % 2, f % 2
+        t, y, x = 2 * gt + nt, 2 * (3 * gh + nh) + i, 2 * (2 * gw + nw) + j
+        assert tokens[b, g, n, f] == video()[b, c, t, y, x]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_backends_agree_bitwise_and_invert(dtype, rng):
+    x = torch.randn(2, CHANNELS, *SIZE, generator=rng).to(dtype)
+    for strided in (x, x.transpose(0, 4).contiguous().transpose(0, 4)):
+        tokens = [patchify(strided, patch=PATCH, group=GROUP, backend=b) for b in BACKENDS]
+        assert torch.equal(*tokens)
+        for backend in BACKENDS:
+            back = unpatchify(tokens[0], size=SIZE, patch=PATCH, group=GROUP, backend=backend)
+            assert torch.equal(back, strided)
+            assert back.is_contiguous()
+
+
+def test_patches_have_the_order_of_a_convolution_weight(rng):
+    x, weight = torch.randn(1, 3, 1, 8, 8, generator=rng), torch.randn(7, 3, 4, 4, generator=rng)
+    tokens = patchify(x, group=(1, 2, 2))[0, 0] @ weight.flatten(1).T
+    convolved = torch.nn.functional.conv2d(x[:, :, 0], weight, stride=4)[0].flatten(1).T
+    torch.testing.assert_close(tokens, convolved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_and_non_finite_values_pass_through(backend):
+    x = video().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v: patchify(v, patch=PATCH, group=GROUP, backend=backend), x[:1, :1]
+    )
+    tokens = patchify(x, patch=PATCH, group=GROUP, backend=backend).detach().requires_grad_()
+    weight = torch.randn_like(x)
+    back = unpatchify(tokens, size=SIZE, patch=PATCH, group=GROUP, backend=backend)
+    (back * weight).sum().backward()
+    assert torch.equal(tokens.grad, patchify(weight, patch=PATCH, group=GROUP, backend=backend))
+    odd = video().float()
+    odd[0, 0, 0, 0, 0], odd[1, 4, 3, 11, 11] = float("nan"), float("inf")
+    out = patchify(odd, patch=PATCH, group=GROUP, backend=backend)
+    assert out[0, 0, 0, 0].isnan() and out[1, -1, -1, -1].isinf()
+    assert (~out.isfinite()).sum() == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    tokens = patchify(video(batch=0), patch=PATCH, group=GROUP, backend=backend)
+    assert tokens.shape == (0, 12, 12, CHANNELS * 4)
+    back = unpatchify(tokens, size=SIZE, patch=PATCH, group=GROUP, backend=backend)
+    assert back.shape == (0, CHANNELS, *SIZE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video": torch.zeros(3, 4, 12, 12)}, "video must have 5 dimensions"),
+        ({"video": torch.zeros(1, 3, 4, 12, 12, dtype=torch.uint8)}, "floating point, got torch.u"),
+        ({"video": [[0.0]]}, "video must be a tensor, got list"),
+        ({"patch": 5}, "H = 12 is not divisible by patch = 5"),
+        ({"patch": 0}, "patch must be a positive int, got 0"),
+        ({"patch": 2.0}, "patch must be a positive int, got 2.0"),
+        ({"group": (3, 3, 2)}, r"T = 4 is not divisible by group\[0\] = 3"),
+        ({"group": (2, 4, 2)}, r"H / patch \(H = 12\) = 6 is not divisible by group\[1\] = 4"),
+        ({"group": (2, 3, 5)}, r"W / patch \(W = 12\) = 6 is not divisible by group\[2\] = 5"),
+        ({"group": (2, 3)}, "group must be three positive ints"),
+        ({"group": (2, 3, 0)}, "group must be three positive ints"),
+        ({"backend": "cudnn"}, "backend='cudnn' is not one of 'reference', 'eager'"),
+    ],
+)
+def test_patchify_names_what_is_wrong(change, message):
+    arguments = {"video": video(), "patch": PATCH, "group": GROUP} | change
+    with pytest.raises(ValueError, match=f"^patchify: .*{message}"):
+        patchify(arguments.pop("video"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(2, 12, 20)}, "tokens must have 4 dimensions"),
+        ({"tokens": torch.zeros(2, 12, 12, 18)}, r"P = 18 is not divisible by patch \* patch = 4"),
+        ({"tokens": torch.zeros(2, 12, 11, 20)}, "do not fill size=.*N = 12 patches are needed"),
+        ({"size": (4, 12, 24)}, "G = 24 groups"),
+        ({"size": (4, 12)}, "size must be three positive ints"),
+    ],
+)
+def test_unpatchify_names_what_is_wrong(change, message):
+    arguments = {"tokens": torch.zeros(2, 12, 12, 20), "size": SIZE} | change
+    with pytest.raises(ValueError, match=f"^unpatchify: .*{message}"):
+        unpatchify(arguments.pop("tokens"), patch=PATCH, group=GROUP, **arguments)
