@@ -84,13 +84,15 @@ def newest(what: str) -> tuple[Path, dict[str, Any]] | None:
 def commit() -> tuple[str, bool]:
     """HEAD and whether the tree differs from it.
 
-    A tree copied without its history names its commit in SNAPKERNELS_COMMIT.
+    A clean tree copied without its history names its commit in SNAPKERNELS_COMMIT.
     """
+    if named := os.environ.get("SNAPKERNELS_COMMIT"):
+        return named, False
     try:
         head = _git("rev-parse", "HEAD")
         return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SNAPKERNELS_COMMIT", "unknown"), False
+        return "unknown", True
 
 
 def _git(*arguments: str) -> str:

@@ -108,3 +108,11 @@ def test_readme_table_is_what_the_records_say():
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match=r"README\.md needs"):
         report.rendered(f"{report.END} {report.BEGIN}")
+
+
+def test_the_commit_is_heads_or_the_one_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("SNAPKERNELS_COMMIT", raising=False)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.commit() == ("unknown", True)
+    monkeypatch.setenv("SNAPKERNELS_COMMIT", "0" * 40)
+    assert record.commit() == ("0" * 40, False)
