@@ -10,9 +10,10 @@ from torch import nn
 from snapkernels.testing.numerics import relative_rms
 from snapvideo_core import FIT, Conditioning
 
-# Relative rms error of F against float64. The small presets land at 8e-3, 1e-3 and 6e-7; the seeded
-# bugs of tests/bench/test_gate.py at 7e-2 or more.
-LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
+# Relative rms error of F against float64. In bf16 the paper's three models land at 6e-3 to 8e-3 on
+# an H100, the small presets likewise on a CPU, where fp16 gives 1e-3 and fp32 6e-7; the mildest
+# seeded bug of tests/bench/test_gate.py, one key of each group dropped, lands at 1.9e-2.
+LIMITS = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
 
 def gate(

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,9 @@ def measure(
 ) -> Timing:
     """Time `call` after `warmup` calls, `repeats` times; `progress` hears how many are done.
 
-    On a GPU a call is timed between two CUDA events with the queue drained before it, so that
-    launch latency at the start of a call is inside.
+    On a GPU the calls follow each other with one always queued ahead, as in a loop that uses the
+    results, and a call lasts from one CUDA event to the next: launch latency counts only where the
+    GPU waits for it.
 
     Raises:
         ValueError: repeats < 1.
@@ -45,25 +46,28 @@ def measure(
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     for _ in range(warmup):
         call()
-    one = _cuda_call if device.type == "cuda" else _cpu_call
     samples = []
-    for done in range(repeats):
-        samples.append(one(call))
-        progress(done + 1)
+    for sample in (_cuda_samples if device.type == "cuda" else _cpu_samples)(call, repeats):
+        samples.append(sample)
+        progress(len(samples))
     return Timing.of(samples)
 
 
-def _cuda_call(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def _cuda_samples(call: Callable[[], object], repeats: int) -> Iterator[float]:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for done in range(1, repeats + 1):
+        call()
+        marks[done].record()
+        if done > 1:
+            marks[done - 1].synchronize()
+            yield marks[done - 2].elapsed_time(marks[done - 1])
+    marks[-1].synchronize()
+    yield marks[-2].elapsed_time(marks[-1])
 
 
-def _cpu_call(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+def _cpu_samples(call: Callable[[], object], repeats: int) -> Iterator[float]:
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        yield (time.perf_counter() - start) * 1e3
