@@ -147,12 +147,13 @@ def _read(av: ModuleType, file: BinaryIO, name: str, request: _Request) -> Clip:
     # Without a name FFmpeg goes by content; a name may read as a pattern for a series of images,
     # and .txt as an ANSI film.
     content = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+    # PyAV 18 refuses a title that is not UTF-8 unless told otherwise; 19 has no such argument.
+    lenient = {"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}
     try:
-        container = av.open(content)
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        container = av.open(content, **lenient)
+    except av.FFmpegError as error:
         raise VideoError(
-            f"{name}: not a video or image, or its header is damaged or cut off: {reason}"
+            f"{name}: not a video or image, or its header is damaged or cut off: {error.strerror}"
         ) from error
     with container:
         film = _Film(name, container)
@@ -222,8 +223,9 @@ class _Film:
         self.ends = 0.0
         self._origin: float | None = None
         self._trouble: Exception | None = None
-        # Slice threads, the default, hide the errors of an H.264 stream.
-        self.stream.thread_type = "FRAME"
+        # Threads lose errors: slice threads, the default, all that H.264 has, frame threads some,
+        # and not the same ones each time.
+        self.stream.thread_type = "NONE"
         if self.is_still and self.stream.codec_context.name == "mjpeg":
             # Otherwise a JPEG that is cut off passes for whole.
             self.stream.codec_context.options = {"err_detect": "explode"}
@@ -280,8 +282,10 @@ class _Film:
                     if self._origin is None:
                         self._origin = frame.pts * self.tick
                     begins = frame.pts * self.tick - self._origin
-                if self._trouble and self.count and begins > self.ends + self.slack:
-                    break  # frames are not stored in order: one between is among the lost
+                # Frames are not stored in order: after a gap in time, some are among the lost.
+                gap = begins > self.ends + self.slack or not self.has_times
+                if self._trouble and self.count and gap:
+                    break
                 yield begins, frame
                 lasts = frame.duration * self.tick or (1 / self.rate if self.rate else 0.0)
                 self.ends = begins + lasts

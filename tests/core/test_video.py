@@ -330,6 +330,11 @@ class TestImages:
         assert clip.framerate == math.inf
         assert corners(clip) == "RGBW"
 
+    def test_a_title_in_another_encoding(self, tmp_path):
+        path = write_video(tmp_path / "v.mkv", count(20), title="Vorspann")
+        path.write_bytes(path.read_bytes().replace(b"Vorspann", b"F\xfcr Elise"[:8]))
+        assert indices(read_clip(path)) == on_screen(25, 24, 0)
+
     def test_alpha_is_dropped(self, tmp_path):
         picture = np.zeros((72, 128, 4), np.uint8)
         picture[..., 0] = 255

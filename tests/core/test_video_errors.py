@@ -154,6 +154,23 @@ class TestRefusals:
         assert indices(read_clip(path)) == on_screen(25, 24, 0)
         refuse(path, r"truncated or damaged after \d+ frames .*: 3\.000 s are declared", frames=70)
 
+    def test_avi_cut_off(self, tmp_path):
+        """AVI has no times of display: what follows a cut among reordered frames is not trusted."""
+        path, cut = tmp_path / "v.avi", tmp_path / "cut.avi"
+        write_video(path, count(60, noise=True))
+        whole = read_clip(path, frames=60, framerate=25)
+        data, refused = path.read_bytes(), 0
+        for kept in range(55, 95, 4):
+            cut.write_bytes(data[: len(data) * kept // 100])
+            for index in range(30, 60, 3):
+                try:
+                    clip = read_clip(cut, frames=1, start=index / 25)
+                except VideoError:
+                    refused += 1
+                    continue
+                assert torch.equal(clip.video, whole.video[:, [index]])
+        assert 0 < refused < 100
+
     @pytest.mark.parametrize("slices", [1, 4])
     def test_damaged_data(self, tmp_path, slices):
         options = {"x264-params": f"slices={slices}", "crf": "30"}
