@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from snapvideo_core.fit import Conditioning
+from snapvideo_core.fit import Conditioning, at_least_fp32
 
 Network = Callable[
     [torch.Tensor, torch.Tensor, Conditioning, torch.Tensor | None],
@@ -86,7 +86,7 @@ class Diffusion(ABC):
         """
         if eps.shape != x.shape:
             raise ValueError(f"eps must be {tuple(x.shape)} like x, got {tuple(eps.shape)}")
-        return _fp32(x) / self.sigma_in + _broadcast(sigma_B, x) * eps
+        return at_least_fp32(x) / self.sigma_in + _broadcast(sigma_B, x) * eps
 
     def denoise(
         self,
@@ -106,7 +106,7 @@ class Diffusion(ABC):
         """
         sigma = _broadcast(sigma_B, x_sigma)
         F, latents = network(self.c_in(sigma) * x_sigma, sigma_B, cond, previous)
-        return self.c_skip(sigma) * x_sigma + self.c_out(sigma) * _fp32(F), latents
+        return self.c_skip(sigma) * x_sigma + self.c_out(sigma) * at_least_fp32(F), latents
 
     def loss(
         self, F: torch.Tensor, x: torch.Tensor, eps: torch.Tensor, sigma_B: torch.Tensor
@@ -121,7 +121,7 @@ class Diffusion(ABC):
             sigma_B: (B,) noise levels.
         """
         sigma = _broadcast(sigma_B, x)
-        error = _fp32(F) - self.c_nrm(sigma) * self.target(_fp32(x), eps, sigma)
+        error = at_least_fp32(F) - self.c_nrm(sigma) * self.target(at_least_fp32(x), eps, sigma)
         return (self.weight(sigma) * error**2).mean()
 
 
@@ -168,10 +168,6 @@ class EDMDiffusion(Diffusion):
         return torch.ones_like(sigma)
 
 
-def _fp32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _broadcast(sigma_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, ..., 1) of `like`'s rank, float32 or wider.
 
@@ -180,4 +176,4 @@ def _broadcast(sigma_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """
     if sigma_B.shape != like.shape[:1]:
         raise ValueError(f"sigma must be {tuple(like.shape[:1])}, got {tuple(sigma_B.shape)}")
-    return _fp32(sigma_B).view(-1, *[1] * (like.dim() - 1))
+    return at_least_fp32(sigma_B).view(-1, *[1] * (like.dim() - 1))

@@ -65,7 +65,7 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, scalar_B: torch.Tensor) -> torch.Tensor:
         """(B,) floating point -> (B, dim); the sinusoid is at least float32."""
-        scalar_B = _at_least_fp32(scalar_B)
+        scalar_B = at_least_fp32(scalar_B)
         half = self.features // 2
         exponent = torch.arange(half, device=scalar_B.device, dtype=scalar_B.dtype) / half
         angle = scalar_B[:, None] * 10_000.0**-exponent
@@ -91,10 +91,10 @@ class ConditioningTokens(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B,) and a batch's conditioning -> (B, S, cond_dim) tokens and their (B, S) mask."""
         scalars = [
-            self.sigma(_at_least_fp32(sigma_B).log() / 4),  # c_noise of EDM
-            self.framerate(1 / _at_least_fp32(cond.framerate)),  # an image's interval is 0
-            self.height(_at_least_fp32(cond.resolution[:, 0]).log2()),
-            self.width(_at_least_fp32(cond.resolution[:, 1]).log2()),
+            self.sigma(at_least_fp32(sigma_B).log() / 4),  # c_noise of EDM
+            self.framerate(1 / at_least_fp32(cond.framerate)),  # an image's interval is 0
+            self.height(at_least_fp32(cond.resolution[:, 0]).log2()),
+            self.width(at_least_fp32(cond.resolution[:, 1]).log2()),
         ]
         if self.augmentation is not None:
             assert cond.augmentation is not None  # FIT.forward has checked
@@ -286,5 +286,6 @@ def upsample(video_BCTHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return resized.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
-def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in float32, or in float64 if it is that."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
