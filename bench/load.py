@@ -1,4 +1,4 @@
-"""Clock and power of the GPU while a bench runs."""
+"""Clock and power of the GPU, before a bench and while it times."""
 
 import statistics
 import threading
@@ -9,32 +9,47 @@ import torch
 from record import query_gpu
 
 FIELDS = {"sm_clock_mhz": "clocks.sm", "power_w": "power.draw"}
-INTERVAL_S = 0.5
+INTERVAL_S = 0.2
 
 
-@contextmanager
-def watch_load(device: torch.device) -> Iterator[dict[str, list[float]]]:
-    """Yield a dict: once left, {field: [before, median while inside]}, or empty on a CPU."""
-    load: dict[str, list[float]] = {}
-    before = query_gpu(*FIELDS.values()) if device.type == "cuda" else None
-    if before is None:
-        yield load
-        return
-    samples: list[list[str]] = []
-    left = threading.Event()
+class Load:
+    """Samples of `device`'s clock and power: one when made, the others while `watched`."""
 
-    def sample() -> None:
-        while not left.wait(INTERVAL_S):
-            if (answer := query_gpu(*FIELDS.values())) is not None:
-                samples.append(answer)
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.before = self._sample()
+        self.inside: list[dict[str, float]] = []
 
-    watcher = threading.Thread(target=sample, daemon=True)
-    watcher.start()
-    try:
-        yield load
-    finally:
-        left.set()
-        watcher.join()
-        for index, field in enumerate(FIELDS):
-            inside = [float(answer[index]) for answer in samples] or [float(before[index])]
-            load[field] = [float(before[index]), statistics.median(inside)]
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Sample from time to time while inside."""
+        left = threading.Event()
+
+        def watch() -> None:
+            while not left.wait(INTERVAL_S):
+                self.inside.append(self._sample())
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        if self.before:
+            watcher.start()
+        try:
+            yield
+        finally:
+            left.set()
+            if self.before:
+                watcher.join()
+
+    def fields(self) -> dict[str, list[float]]:
+        """{field: [before, median while watched]}; a field the GPU does not tell is left out."""
+        return {
+            name: [self.before[name], statistics.median(told)]
+            for name in self.before
+            if (told := [sample[name] for sample in self.inside if name in sample])
+        }
+
+    def _sample(self) -> dict[str, float]:
+        if self.device.type != "cuda":
+            return {}
+        answers = query_gpu(self.device, *FIELDS.values()) or []
+        numbers = zip(FIELDS, answers, strict=False)
+        return {name: float(text) for name, text in numbers if text.replace(".", "").isdigit()}

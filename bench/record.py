@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 SCHEMA = 1
+SOURCE = (".py", ".cu", ".cuh", ".cpp", ".h")
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "bench" / "records"
 
 FIELDS = ("schema", "commit", "dirty", "taken", "command", "device", "versions", "ceilings", "rows")
 ROW_FIELDS = ("case", "variant", "batch", "unit", "better", "gate", "includes")
-MEASURED_FIELDS = ("value", "p20", "p80", "floor", "pct_of_floor")
+MEASURED_FIELDS = ("value", "p20", "p80", "floor", "pct_of_floor", "tflop")
 
 
 def new_record(
@@ -82,17 +83,17 @@ def newest(what: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def commit() -> tuple[str, bool]:
-    """HEAD and whether the tree differs from it.
+    """HEAD and whether the tree differs from it, new source files included.
 
     A clean tree copied without its history names its commit in SNAPKERNELS_COMMIT.
     """
-    if named := os.environ.get("SNAPKERNELS_COMMIT"):
-        return named, False
     try:
         head = _git("rev-parse", "HEAD")
-        return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
+        changes = _git("status", "--porcelain", "--untracked-files=all").splitlines()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", True
+        named = os.environ.get("SNAPKERNELS_COMMIT")
+        return named or "unknown", not named
+    return head, any(not c.startswith("??") or c.endswith(SOURCE) for c in changes)
 
 
 def _git(*arguments: str) -> str:
@@ -106,7 +107,7 @@ def device_fields(device: torch.device) -> dict[str, Any]:
     """Name, count and, of a GPU, driver."""
     if device.type != "cuda":
         return {"name": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads", "count": 1}
-    driver = query_gpu("driver_version")
+    driver = query_gpu(device, "driver_version")
     return {
         "name": torch.cuda.get_device_name(device),
         "count": 1,
@@ -128,9 +129,11 @@ def versions() -> dict[str, Any]:
     return found
 
 
-def query_gpu(*fields: str) -> list[str] | None:
-    """What nvidia-smi says of the first GPU, a string a field; None where it does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+def query_gpu(device: torch.device, *fields: str) -> list[str] | None:
+    """What nvidia-smi says of `device`, a string a field; None where it does not answer."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = f"--query-gpu={','.join(fields)}"
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

@@ -65,10 +65,10 @@ def rendered(readme: str) -> str:
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, _, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md needs {BEGIN} and, after it, {END}")
+    if not end or readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md needs {BEGIN} and, after it, {END}, once each")
     return f"{before}{BEGIN}\n{section()}\n{END}{after}"
 
 
@@ -76,10 +76,15 @@ def main() -> int:
     """Rewrite or check README.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
     readme = ROOT / "README.md"
     current = readme.read_text()
-    wanted = rendered(current)
-    if parser.parse_args().check:
+    try:
+        wanted = rendered(current)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.check:
         if current != wanted:
             print("README.md is not what the records say: run python bench/report.py")
         return int(current != wanted)

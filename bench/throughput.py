@@ -5,6 +5,7 @@ python bench/throughput.py --preset 3.9b --batch 16 --mode infer --json figures.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from gate import gate
-from load import watch_load
+from load import Load
 from record import RECORDS, new_record, newest, write
 from report import figure_table
 from workload import Batch, build_model, load_batch
@@ -37,6 +38,8 @@ GPU_BATCHES = {"500m": [16, 64], "3.9b": [16], "3.9b-up": [1]}
 CPU_BATCHES = {"mini": [1]}
 MODES = ("infer", "train")
 OUT_OF_MEMORY = "out of memory"
+# How PyTorch's CPU allocator and the CUDA libraries say it, in a plain RuntimeError.
+ALLOCATION_FAILURES = ("not enough memory", "can't allocate memory", "ALLOC_FAILED")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORWARDS = {"infer": 1, "train": TRAIN_FORWARDS}
 INCLUDES = {
@@ -57,6 +60,7 @@ class Options:
     framerate: float
     repeats: int
     ceilings: dict[str, float]
+    load: Load
 
     @property
     def variant(self) -> str:
@@ -83,34 +87,40 @@ def main(arguments: list[str] | None = None) -> int:
         for config in map(PRESETS.__getitem__, presets):
             size = (config.height, config.width)
             read_clip(args.clip, frames=config.frames, size=size, framerate=args.framerate)
-    except VideoError as error:
+    except (VideoError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not on_gpu:
         figures = "the figures below are CPU figures"
         print(f"No NVIDIA GPU here: {figures} ({', '.join(presets)}).", flush=True)
     say("measuring the ceilings of this machine")
-    with watch_load(device) as load:
-        options = Options(
-            device=device,
-            dtype=dtype,
-            backend=args.backend,
-            modes=MODES if args.mode == "both" else (args.mode,),
-            clip=args.clip,
-            framerate=args.framerate,
-            repeats=args.repeats or (10 if on_gpu else 3),
-            ceilings=measure_ceilings(device, dtype),
+    with reported_out_of_memory() as memory:
+        ceilings = measure_ceilings(device, dtype)
+    if memory.exhausted:
+        print("error: out of memory measuring the ceilings", file=sys.stderr)
+        return 1
+    load = Load(device)
+    options = Options(
+        device=device,
+        dtype=dtype,
+        backend=args.backend,
+        modes=MODES if args.mode == "both" else (args.mode,),
+        clip=args.clip,
+        framerate=args.framerate,
+        repeats=args.repeats or (10 if on_gpu else 3),
+        ceilings=ceilings,
+        load=load,
+    )
+    rows = [
+        row
+        for name in presets
+        for row in bench_preset(
+            PRESETS[name], args.batch or default_batches.get(name, [1]), options
         )
-        rows = [
-            row
-            for name in presets
-            for row in bench_preset(
-                PRESETS[name], args.batch or default_batches.get(name, [1]), options
-            )
-        ]
+    ]
     flags = [f"--{k} {v}" for k, v in _reproducible(args).items()]
     record = new_record(
-        " ".join(["python bench/throughput.py", *flags]), device, load, options.ceilings, rows
+        " ".join(["python bench/throughput.py", *flags]), device, load.fields(), ceilings, rows
     )
     print_figures(record)
     if args.json:
@@ -150,6 +160,7 @@ def bench_preset(
         if verdict == "ok":
             with reported_out_of_memory() as memory:
                 row |= time_case(model, batch, mode, options)
+            model.zero_grad(set_to_none=True)
             if memory.exhausted:
                 row["gate"] = OUT_OF_MEMORY
         if row["gate"] != "ok":
@@ -161,8 +172,8 @@ def gate_model(model: FIT, options: Options) -> tuple[str, dict[str, float]]:
     """The gate on one video of the bench's own input, with latents of an earlier evaluation."""
     model.eval()
     data = load_batch(options.clip, model.config, 1, options.framerate, options.device)
-    sigma = data.sigma[:, None, None, None, None]
-    x = SnapDiffusion(sigma_in=model.config.sigma_in).c_in(sigma) * data.x_sigma
+    diffusion = SnapDiffusion(sigma_in=model.config.sigma_in)
+    x = diffusion.network_input(data.x_sigma, data.sigma)
     with torch.no_grad():
         _, previous = model(x, data.sigma, data.cond)
     verdict, error = gate(model, x, data.sigma, data.cond, previous)
@@ -186,14 +197,14 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
         return {"gate": "a gradient is missing or not finite"}
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    timing = measure(
-        call,
-        options.device,
-        repeats=options.repeats,
-        warmup=1,
-        progress=lambda done: say(f"{case}: repetition {done} of {options.repeats}"),
-    )
-    model.zero_grad(set_to_none=True)
+    with options.load.watched():
+        timing = measure(
+            call,
+            options.device,
+            repeats=options.repeats,
+            warmup=1,
+            progress=lambda done: say(f"{case}: repetition {done} of {options.repeats}"),
+        )
     floor = FORWARDS[mode] * least_tflop(config) / options.ceiling_tflop_s * 1e3
     value, p20, p80 = (significant(ms / batch) for ms in timing)
     measured = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
@@ -238,10 +249,14 @@ def require_cpu_memory(config: FITConfig, options: Options) -> None:
         with torch.device("meta"):
             numbers = sum(parameter.numel() for parameter in FIT(config).parameters())
         needed = numbers * options.dtype.itemsize * (2 if "train" in options.modes else 1)
-        meminfo = Path("/proc/meminfo").read_text()
-        available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
-        if needed > available:
+        if needed > available_bytes():
             raise MemoryError
+
+
+def available_bytes() -> int:
+    """What Linux can give without swapping."""
+    meminfo = Path("/proc/meminfo").read_text()
+    return int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
 
 
 @dataclass
@@ -260,7 +275,7 @@ def reported_out_of_memory() -> Iterator[Memory]:
     except (torch.OutOfMemoryError, MemoryError):
         memory.exhausted = True
     except RuntimeError as error:
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in ALLOCATION_FAILURES):
             raise
         memory.exhausted = True
     if memory.exhausted and torch.cuda.is_available():
@@ -297,11 +312,25 @@ def say(message: str) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), metavar="NAME")
-    parser.add_argument("--batch", nargs="+", type=_positive_int, metavar="N")
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        choices=list(PRESETS),
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}; default: the first three on a GPU, else mini",
+    )
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=_positive_int,
+        metavar="N",
+        help="videos at once; several allowed",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
-    parser.add_argument("--backend", choices=["eager", "reference"], default="eager")
-    parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
+    parser.add_argument(
+        "--backend", choices=["eager", "reference"], default="eager", help="of the ops"
+    )
+    parser.add_argument("--mode", choices=[*MODES, "both"], default="both", help="what to time")
     parser.add_argument("--clip", type=Path, default=CLIP, help="a video or image file")
     parser.add_argument(
         "--framerate", type=_positive_float, default=24.0, help="frames/s of the clip read"
@@ -309,8 +338,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=_positive_int, help="default: 10 on a GPU, else 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     args = parser.parse_args(arguments)
-    if args.json and not args.json.resolve().parent.is_dir():
-        parser.error(f"--json {args.json}: its folder does not exist")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json {args.json}: is a folder, not a file")
+    if args.json and not os.access(args.json.resolve().parent, os.W_OK):
+        parser.error(f"--json {args.json}: its folder does not exist or cannot be written to")
     return args
 
 

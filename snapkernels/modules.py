@@ -25,11 +25,7 @@ class _CrossAttention(nn.Module):
     def __init__(self, q_dim: int, kv_dim: int, head_dim: int, *, backend: str | None = None):
         super().__init__()
         inner = min(q_dim, kv_dim)
-        if inner % head_dim:
-            raise ValueError(
-                f"inner width min(q_dim, kv_dim) = {inner} is not divisible by {head_dim=}"
-            )
-        self.num_heads = inner // head_dim
+        self.num_heads = _heads(f"min({q_dim=}, {kv_dim=})", inner, head_dim)
         self.backend = backend
         self.q_norm = nn.LayerNorm(q_dim, eps=EPS)
         self.kv_norm = nn.LayerNorm(kv_dim, eps=EPS)
@@ -82,9 +78,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, dim: int, head_dim: int, *, backend: str | None = None):
         super().__init__()
-        if dim % head_dim:
-            raise ValueError(f"{dim=} is not divisible by {head_dim=}")
-        self.num_heads = dim // head_dim
+        self.num_heads = _heads("dim", dim, head_dim)
         self.backend = backend
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.q = nn.Linear(dim, dim)
@@ -131,6 +125,12 @@ class FeedForward(nn.Module):
             eps=EPS,
             backend=self.backend,
         )
+
+
+def _heads(what: str, width: int, head_dim: int) -> int:
+    if head_dim < 1 or width % head_dim:
+        raise ValueError(f"{head_dim=} must be above 0 and divide {what} = {width}")
+    return width // head_dim
 
 
 def _pair(holder: nn.LayerNorm | nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:

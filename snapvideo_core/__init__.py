@@ -3,7 +3,7 @@
 from snapvideo_core.config import PRESETS, FITConfig
 from snapvideo_core.diffusion import Diffusion, EDMDiffusion, SnapDiffusion
 from snapvideo_core.fit import FIT, Conditioning
-from snapvideo_core.sampler import SelfConditionedDenoiser, sample, sigma_schedule
+from snapvideo_core.sampler import SelfConditionedDenoiser, integrate, sample, sigma_schedule
 from snapvideo_core.training import sample_sigma, training_loss
 from snapvideo_core.video import Clip, VideoError, read_clip
 
@@ -18,6 +18,7 @@ __all__ = [
     "SelfConditionedDenoiser",
     "SnapDiffusion",
     "VideoError",
+    "integrate",
     "read_clip",
     "sample",
     "sample_sigma",

@@ -1,6 +1,6 @@
 """The sizes of a FIT model, and the paper's three as presets (appendix A, table 8)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Literal
 
@@ -38,25 +38,43 @@ class FITConfig:
     sigma_in: float = 4.0  # s * sqrt(T), section 3.5
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("blocks", "global_layers") else 1
+            if field.type is int and not (isinstance(value, int) and value >= least):
+                self._refuse(field.name, f"an int of at least {least}")
+        for name in ("group", "low_res"):
+            value, axes = getattr(self, name), {"group": 3, "low_res": 2}[name]
+            if value is not None and not (
+                len(value) == axes and all(isinstance(v, int) and v > 0 for v in value)
+            ):
+                self._refuse(name, f"{axes} positive ints")
+        for name in ("dropout", "label_dropout", "self_conditioning"):
+            if not 0 <= getattr(self, name) <= 1:
+                self._refuse(name, "a probability")
+        if not self.sigma_in > 0:
+            self._refuse("sigma_in", "above 0")
+        if self.positions not in ("group", "token"):
+            self._refuse("positions", '"group" or "token"')
+        if self.cond_dim % 8:
+            self._refuse("cond_dim", "divisible by 8")
+        if self.width % self.patch:
+            self._refuse("width", f"divisible by patch = {self.patch}")
         grid, group = self.grid, self.group
         if grid[0] % group[0] or grid[2] % group[2]:
-            raise ValueError(f"{self.name}: token grid {grid} (T, H, W) is not made of {group=}")
+            self._refuse("group", f"a divisor of the token grid {grid} (T, H, W)")
         if self.num_latents % self.num_groups:
-            raise ValueError(
-                f"{self.name}: num_latents = {self.num_latents} do not divide among "
-                f"{self.num_groups} groups"
-            )
-        if self.cond_dim % 8:
-            raise ValueError(f"{self.name}: cond_dim must be divisible by 8, got {self.cond_dim}")
-        if self.positions not in ("group", "token"):
-            raise ValueError(
-                f'{self.name}: positions must be "group" or "token", got {self.positions!r}'
-            )
+            self._refuse("num_latents", f"divisible by the {self.num_groups} groups")
         if self.low_res and (self.height % self.low_res[0] or self.width % self.low_res[1]):
-            raise ValueError(
-                f"{self.name}: low_res = {self.low_res} does not divide "
-                f"{(self.height, self.width)} (height, width)"
-            )
+            self._refuse("low_res", f"a divisor of {(self.height, self.width)} (height, width)")
+        for dim in (min(self.patch_dim, self.latent_dim), min(self.cond_dim, self.latent_dim)):
+            if dim % self.patch_head_dim:
+                self._refuse("patch_head_dim", f"a divisor of the inner width {dim}")
+        if self.latent_dim % self.latent_head_dim:
+            self._refuse("latent_head_dim", f"a divisor of latent_dim = {self.latent_dim}")
+
+    def _refuse(self, name: str, allowed: str) -> None:
+        raise ValueError(f"{self.name}: {name} must be {allowed}, got {getattr(self, name)!r}")
 
     @property
     def padded_height(self) -> int:

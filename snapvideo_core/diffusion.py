@@ -35,7 +35,7 @@ class Diffusion(ABC):
         ValueError: one of them is not above 0.
     """
 
-    sigma_in: float = 1.0
+    sigma_in: float
     sigma_data: float = 1.0
 
     def __post_init__(self) -> None:
@@ -88,6 +88,10 @@ class Diffusion(ABC):
             raise ValueError(f"eps must be {tuple(x.shape)} like x, got {tuple(eps.shape)}")
         return at_least_fp32(x) / self.sigma_in + _broadcast(sigma_B, x) * eps
 
+    def network_input(self, x_sigma: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+        """c_in x_sigma, what the network sees: (B, ...), float32 or wider."""
+        return self.c_in(_broadcast(sigma_B, x_sigma)) * x_sigma
+
     def denoise(
         self,
         network: Network,
@@ -105,7 +109,7 @@ class Diffusion(ABC):
             cond, previous: as in `FIT.forward`.
         """
         sigma = _broadcast(sigma_B, x_sigma)
-        F, latents = network(self.c_in(sigma) * x_sigma, sigma_B, cond, previous)
+        F, latents = network(self.network_input(x_sigma, sigma_B), sigma_B, cond, previous)
         return self.c_skip(sigma) * x_sigma + self.c_out(sigma) * at_least_fp32(F), latents
 
     def loss(

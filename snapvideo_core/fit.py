@@ -92,7 +92,8 @@ class ConditioningTokens(nn.Module):
         """(B,) and a batch's conditioning -> (B, S, cond_dim) tokens and their (B, S) mask."""
         scalars = [
             self.sigma(at_least_fp32(sigma_B).log() / 4),  # c_noise of EDM
-            self.framerate(1 / at_least_fp32(cond.framerate)),  # an image's interval is 0
+            # The frame interval in ms, 0 for an image: 24 and 25 fps are far apart in bf16.
+            self.framerate(1000 / at_least_fp32(cond.framerate)),
             self.height(at_least_fp32(cond.resolution[:, 0]).log2()),
             self.width(at_least_fp32(cond.resolution[:, 1]).log2()),
         ]
@@ -191,8 +192,9 @@ class FIT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.positions, std=0.02)
-        nn.init.trunc_normal_(self.self_conditioning.latents, std=0.02)
+        for table in (self.positions, self.self_conditioning.latents):
+            drawn = torch.empty_like(table, dtype=torch.float32)
+            table.copy_(nn.init.trunc_normal_(drawn, std=0.02, a=-0.04, b=0.04))
         nn.init.zeros_(self.self_conditioning.norm.weight)
         if self.config.low_res:  # an upsampler starts as the first stage it is tuned from
             self.stem.weight[:, 3 * self.config.patch**2 :] = 0
@@ -233,6 +235,7 @@ class FIT(nn.Module):
             previous_BLD = x.new_zeros(len(x), config.num_latents, config.latent_dim)
         z = self.self_conditioning(previous_BLD.to(dtype))
         c, c_mask = self.conditioning(sigma_B, cond)
+        c = c.to(dtype)  # under autocast the tokens come narrower than the weights
         for block in self.blocks:
             z, x = block(z, x, c, c_mask)
 
@@ -253,13 +256,15 @@ class FIT(nn.Module):
         previous: torch.Tensor | None,
     ) -> None:
         config, batch = self.config, len(x)
+        size = (config.frames, config.height, config.width)
+        words = cond.text.shape[1] if getattr(cond.text, "ndim", 0) == 3 else config.text_length
         wanted: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]] = {
-            "x": (x, (batch, 3, config.frames, config.height, config.width)),
+            "x": (x, (batch, 3, *size)),
             "sigma": (sigma, (batch,)),
             "cond.framerate": (cond.framerate, (batch,)),
             "cond.resolution": (cond.resolution, (batch, 2)),
-            "cond.text": (cond.text, (batch, cond.text.shape[1], config.text_dim)),
-            "cond.text_mask": (cond.text_mask, (batch, cond.text.shape[1])),
+            "cond.text": (cond.text, (batch, words, config.text_dim)),
+            "cond.text_mask": (cond.text_mask, (batch, words)),
         }
         if previous is not None:
             wanted["previous"] = (previous, (batch, config.num_latents, config.latent_dim))
@@ -269,12 +274,13 @@ class FIT(nn.Module):
         elif cond.low_res is not None or cond.augmentation is not None:
             raise ValueError(f"FIT {config.name}: low_res and augmentation are an upsampler's")
         for name, (tensor, shape) in wanted.items():
-            if tensor is None:
-                raise ValueError(f"FIT {config.name}: {name} is missing; it must be {shape}")
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"FIT {config.name}: {name} must be {shape}, got {tuple(tensor.shape)}"
-                )
+            kind = "bool" if name == "cond.text_mask" else "floating point"
+            must = f"FIT {config.name}: {name} must be a {kind} tensor of shape {shape}"
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{must}, got {tensor!r}")
+            fits = tensor.dtype == torch.bool if kind == "bool" else tensor.is_floating_point()
+            if tuple(tensor.shape) != shape or not fits:
+                raise ValueError(f"{must}, got {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def upsample(video_BCTHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

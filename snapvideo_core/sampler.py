@@ -1,5 +1,6 @@
 """EDM's deterministic second-order sampler, adapted to sigma_in (paper sections 3.2 and 3.6)."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -25,14 +26,15 @@ def sigma_schedule(
         (steps + 1,) float64.
 
     Raises:
-        ValueError: steps < 2, or not 0 < sigma_min < sigma_max, or rho not above 0.
+        ValueError: steps not an int of at least 2, or not 0 < sigma_min < sigma_max < inf, or rho
+            below 1.
     """
-    if steps < 2:
-        raise ValueError(f"steps must be at least 2, got {steps}")
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min}, {sigma_max}")
-    if not rho > 0:
-        raise ValueError(f"rho must be above 0, got {rho}")
+    if not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"steps must be an int of at least 2, got {steps!r}")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"0 < sigma_min < sigma_max < inf is needed, got {sigma_min}, {sigma_max}")
+    if not 1 <= rho < math.inf:
+        raise ValueError(f"rho must be at least 1, got {rho}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device=device)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
@@ -40,6 +42,47 @@ def sigma_schedule(
 
 
 def sample(
+    network: Network,
+    diffusion: Diffusion,
+    cond: Conditioning,
+    noise: torch.Tensor,
+    *,
+    sigmas: torch.Tensor,
+    second_order: bool = True,
+) -> torch.Tensor:
+    """Sample videos: noise to data, each evaluation conditioned on the latents of the one before.
+
+    No gradients are recorded; put a `FIT` in evaluation mode first.
+
+    Args:
+        network: a `FIT`, or any callable of its signature.
+        diffusion: what the network was trained with.
+        cond: what the B videos are conditioned on.
+        noise: (B, 3, T, H, W) standard normal; float64 keeps the state in float64, else it is
+            float32.
+        sigmas: (steps + 1,) falling noise levels that end in 0, as `sigma_schedule` makes them.
+        second_order: False for Euler steps, half the evaluations (2 steps - 1 become steps).
+
+    Returns:
+        (B, 3, T, H, W) videos, float32 or float64.
+
+    Raises:
+        ValueError: sigmas that do not fall strictly to 0, or the network in training mode.
+    """
+    if getattr(network, "training", False):
+        raise ValueError("the network is in training mode, so dropout acts: call eval() on it")
+    denoiser = SelfConditionedDenoiser(network, diffusion, cond)
+    with torch.no_grad():
+        return integrate(
+            denoiser,
+            noise,
+            sigmas=sigmas,
+            sigma_in=diffusion.sigma_in,
+            second_order=second_order,
+        )
+
+
+def integrate(
     denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     noise: torch.Tensor,
     *,
@@ -65,8 +108,8 @@ def sample(
     Raises:
         ValueError: sigmas that do not fall strictly to 0, or sigma_in not above 0.
     """
-    levels = sigmas.tolist()
-    falling = all(a > b for a, b in pairwise(levels))
+    levels = [float(sigma) for sigma in sigmas]
+    falling = all(math.inf > a > b for a, b in pairwise(levels))
     if len(levels) < 2 or not falling or levels[-1] != 0:
         raise ValueError(f"sigmas must fall strictly and end in 0, got {levels}")
     if not sigma_in > 0:
@@ -87,16 +130,16 @@ def sample(
 
 
 class SelfConditionedDenoiser:
-    """A denoiser for `sample` that hands each evaluation the latents of the one before.
+    """A denoiser for `integrate` that hands each evaluation the latents of the one before.
 
-    Every evaluation counts, the second of a Heun step too. Gradients are not recorded.
+    Every evaluation counts, the second of a Heun step too. An instance serves one call of
+    `integrate`: the first evaluation has no latents.
     """
 
     def __init__(self, network: Network, diffusion: Diffusion, cond: Conditioning):
         self.network, self.diffusion, self.cond = network, diffusion, cond
         self.latents: torch.Tensor | None = None
 
-    @torch.no_grad()
     def __call__(self, x_sigma: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         denoised, self.latents = self.diffusion.denoise(
             self.network, x_sigma, sigma_B, self.cond, self.latents

@@ -37,7 +37,7 @@ def training_loss(
 
     Args:
         model: in training mode for dropout to act.
-        diffusion: its sigma_in should be the config's.
+        diffusion: its sigma_in is the config's.
         video: (B, 3, T, H, W) in [-1, 1].
         cond: conditioning of the same videos.
         sigma, eps: (B,) and video-shaped; drawn when None.
@@ -45,8 +45,16 @@ def training_loss(
 
     Returns:
         A float32 scalar.
+
+    Raises:
+        ValueError: shapes that disagree, or another sigma_in than the config's.
     """
     config, batch, device = model.config, len(video), video.device
+    if diffusion.sigma_in != config.sigma_in:
+        raise ValueError(
+            f"diffusion has sigma_in = {diffusion.sigma_in}, but the model {config.name} has "
+            f"sigma_in = {config.sigma_in}"
+        )
     if sigma is None:
         sigma = sample_sigma(batch, device=device, generator=generator)
     if eps is None:
@@ -56,8 +64,7 @@ def training_loss(
         return torch.rand(batch, device=device, generator=generator) < probability
 
     cond = cond.with_text_kept(~happens(config.label_dropout))
-    sigma_B1111 = sigma[:, None, None, None, None]
-    x_in = diffusion.c_in(sigma_B1111) * diffusion.noise(video, eps, sigma)
+    x_in = diffusion.network_input(diffusion.noise(video, eps, sigma), sigma)
     with torch.no_grad():
         _, previous = model(x_in, sigma, cond)
     previous = previous * happens(config.self_conditioning)[:, None, None]

@@ -20,6 +20,12 @@ def pytest_addoption(parser):
     parser.addoption("--stamp", type=Path, help="write what ran, where and of which commit, here")
 
 
+def pytest_configure(config):
+    target = config.getoption("--stamp")
+    if target and not target.resolve().parent.is_dir():
+        raise pytest.UsageError(f"--stamp {target}: its folder does not exist")
+
+
 def pytest_collection_modifyitems(config, items):
     """Every test is in the cpu tier unless marked gpu; the gpu tier waits for a GPU."""
     config.left_for_a_gpu = []
@@ -40,8 +46,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.line(f"{len(left)} tests of the gpu tier: no NVIDIA GPU on this machine")
         for path in sorted(STAMPS.glob("*.json")):
             terminalreporter.line(_describe(path))
-    if target := config.getoption("--stamp"):
-        counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in _OUTCOMES}
+    counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in _OUTCOMES}
+    if (target := config.getoption("--stamp")) and counts["passed"]:
         _write_stamp(target, config.getoption("-m"), counts)
         terminalreporter.line(f"stamp written to {target}")
 

@@ -34,7 +34,7 @@ if ! "$python" -c 'import ensurepip' 2>/dev/null; then
 fi
 
 say "making $venv with $("$python" --version)"
-"$python" -m venv "$venv"
+"$python" -m venv --clear "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if nvidia-smi -L >/dev/null 2>&1; then gpu=yes; else gpu=no; fi
@@ -46,8 +46,8 @@ pip install --quiet --editable '.[dev]'
 cuda=$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "no")')
 case $gpu-$cuda in
     yes-no) fail "this machine has an NVIDIA GPU, but a CPU build of torch was installed;" \
-        "set TORCH_INDEX_URL to the index of a CUDA build" ;;
+        "set TORCH_INDEX_URL to the index of a CUDA build and run the same command again" ;;
     no-no | yes-*) ;;
     no-*) say "this is a CUDA build of torch on a machine without an NVIDIA GPU; it works, but" \
-        "TORCH_INDEX_URL set to PyTorch's CPU index would have saved gigabytes" ;;
+        "TORCH_INDEX_URL set to PyTorch's CPU index saves gigabytes (make clean first)" ;;
 esac

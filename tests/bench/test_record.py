@@ -2,7 +2,9 @@
 
 import copy
 import json
+import subprocess
 
+import load
 import pytest
 import record
 import report
@@ -93,6 +95,7 @@ def test_the_table_shows_ours_the_ceiling_the_floor_and_the_paper(figures):
 
 
 def test_every_committed_record_is_in_form_and_clean():
+    assert COMMITTED
     for path in COMMITTED:
         found = json.loads(path.read_text())
         assert record.problems(found) == [], path
@@ -106,13 +109,43 @@ def test_readme_table_is_what_the_records_say():
 
 
 def test_a_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match=r"README\.md needs"):
-        report.rendered(f"{report.END} {report.BEGIN}")
+    section = f"{report.BEGIN} {report.END}"
+    for readme in (f"{report.END} {report.BEGIN}", section * 2, report.BEGIN, ""):
+        with pytest.raises(ValueError, match=r"README\.md needs"):
+            report.rendered(readme)
 
 
 def test_the_commit_is_heads_or_the_one_named(monkeypatch, tmp_path):
-    monkeypatch.delenv("SNAPKERNELS_COMMIT", raising=False)
+    def git(*arguments):
+        identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
+
     monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.delenv("SNAPKERNELS_COMMIT", raising=False)
     assert record.commit() == ("unknown", True)
     monkeypatch.setenv("SNAPKERNELS_COMMIT", "0" * 40)
     assert record.commit() == ("0" * 40, False)
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("a")
+    git("add", "a.py")
+    git("commit", "-qm", "a")
+    head, dirty = record.commit()
+    assert len(head) == 40 and head != "0" * 40 and not dirty
+    (tmp_path / "figures.json").write_text("{}")
+    assert record.commit() == (head, False)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "new_kernel.py").write_text("b")
+    assert record.commit() == (head, True)
+    (tmp_path / "folder" / "new_kernel.py").unlink()
+    (tmp_path / "a.py").write_text("c")
+    assert record.commit() == (head, True)
+
+
+def test_load_is_what_the_gpu_tells(monkeypatch):
+    answers = iter([["345", "70.5"], ["1980", "[N/A]"], ["1700", "[N/A]"], ["1755", "[N/A]"]])
+    monkeypatch.setattr(load, "query_gpu", lambda *_: next(answers, None))
+    watched = load.Load(torch.device("cuda"))
+    for _ in range(3):
+        watched.inside.append(watched._sample())
+    assert watched.fields() == {"sm_clock_mhz": [345.0, 1755.0]}
+    assert load.Load(torch.device("cpu")).fields() == {}

@@ -9,9 +9,12 @@ import pytest
 import record
 import throughput
 import torch
+from video_files import quadrants, write_image
+from workload import load_batch
 
 from snapkernels.testing.timing import Timing
-from snapvideo_core.config import TINY
+from snapvideo_core import read_clip
+from snapvideo_core.config import TINY, TINY_UP
 from snapvideo_core.flops import graph_tflop, least_tflop
 
 
@@ -55,17 +58,57 @@ def test_every_mode_gives_figures_and_a_record(tmp_path):
     assert str(tmp_path) not in target.read_text()
 
 
-def test_the_clip_decides_what_the_model_sees(tmp_path):
-    """An image as input is a clip of infinite framerate."""
-    import av
+def test_the_batch_is_the_clip():
+    """Every pixel comes from the file, at the size each model asks for."""
+    for config in (TINY, TINY_UP):
+        data = load_batch(throughput.CLIP, config, 2, 12.5, torch.device("cpu"))
+        size = (config.height, config.width)
+        clip = read_clip(throughput.CLIP, frames=config.frames, size=size, framerate=12.5)
+        assert torch.equal(data.video, clip.video.expand(2, -1, -1, -1, -1))
+        assert data.cond.framerate.tolist() == [12.5, 12.5]
+        assert data.cond.resolution.tolist() == [[360.0, 640.0]] * 2
+        left = data.x_sigma - data.video / config.sigma_in
+        spread = left.flatten(1).std(1)
+        torch.testing.assert_close(spread, data.sigma, rtol=0.05, atol=0)
+        assert not torch.equal(left[0] / data.sigma[0], left[1] / data.sigma[1])
+    low = read_clip(throughput.CLIP, frames=4, size=TINY_UP.low_res, framerate=12.5).video
+    similarity = torch.corrcoef(torch.stack([data.cond.low_res[0].flatten(), low.flatten()]))
+    assert similarity[0, 1] > 0.7  # the rest is the augmentation's noise
 
-    with av.open(str(tmp_path / "still.png"), "w") as container:
-        stream = container.add_stream("png")
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb24"
-        frame = av.VideoFrame(64, 48, "rgb24")
-        container.mux(stream.encode(frame))
-    done = run("--preset", "tiny", "--mode", "infer", "--clip", str(tmp_path / "still.png"))
+
+def test_an_image_is_a_clip_of_infinite_framerate(tmp_path):
+    path = write_image(tmp_path / "still.png", "png", "rgb24", quadrants())
+    data = load_batch(path, TINY, 1, 24.0, torch.device("cpu"))
+    assert data.cond.framerate.tolist() == [float("inf")]
+    done = run("--preset", "tiny", "--mode", "infer", "--clip", str(path))
     assert done.returncode == 0, done.stderr
+
+
+def test_flags_reach_the_run(tmp_path):
+    target = tmp_path / "figures.json"
+    flags = [
+        "--preset",
+        "tiny",
+        "--dtype",
+        "bf16",
+        "--backend",
+        "reference",
+        "--mode",
+        "infer",
+        "--repeats",
+        "5",
+    ]
+    done = run(*flags, "--framerate", "12.5", "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    assert "repetition 5 of 5" in done.stderr
+    written = json.loads(target.read_text())
+    (row,) = written["rows"]
+    assert (row["case"], row["variant"]) == ("model/tiny/infer", "reference-bf16")
+    for flag in ("--dtype bf16", "--backend reference", "--repeats 5", "--framerate 12.5"):
+        assert flag in written["command"]
+    assert set(written["ceilings"]) == {"copy_tb_s", "bf16_tflop_s"}
+    too_fast = run("--preset", "tiny", "--framerate", "60")
+    assert too_fast.returncode == 2 and "fewer than the 60 asked for" in too_fast.stderr
 
 
 @pytest.mark.parametrize(
@@ -80,6 +123,7 @@ def test_the_clip_decides_what_the_model_sees(tmp_path):
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--backend", "cudnn"], "invalid choice: 'cudnn'"),
         (["--json", "no/such/folder/figures.json"], "its folder does not exist"),
+        (["--json", "bench"], "is a folder, not a file"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message):
@@ -95,8 +139,9 @@ def test_bad_input_is_one_clear_line(arguments, message):
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("can't allocate memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
     ],
-    ids=["gpu", "python", "allocator"],
+    ids=["gpu", "python", "allocator", "cublas"],
 )
 def test_running_out_of_memory_is_one_line_and_the_rest_goes_on(failure, monkeypatch, capsys):
     whole = throughput.training_loss
@@ -115,9 +160,27 @@ def test_running_out_of_memory_is_one_line_and_the_rest_goes_on(failure, monkeyp
     assert len(re.findall(r"\| model/tiny/(infer|train) .*\(.*-.*\)", out)) == 3
 
 
+def test_gradients_of_a_case_that_ran_out_do_not_stay(monkeypatch, capsys):
+    def loss(model, *_, **__):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        raise MemoryError
+
+    def infer(model, data):
+        assert all(parameter.grad is None for parameter in model.parameters())
+        return lambda: None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput, "training_loss", loss)
+    monkeypatch.setattr(throughput, "_inference", infer)
+    throughput.main(["--preset", "tiny", "--batch", "2", "1"])
+    assert capsys.readouterr().err.count("no figure: out of memory") == 2
+
+
 def test_a_model_too_large_for_a_cpus_memory_is_refused_before_it_is_built(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput.Path, "read_text", lambda _: "MemAvailable:  100 kB")
+    assert 1e8 < throughput.available_bytes() < 1e14
+    monkeypatch.setattr(throughput, "available_bytes", lambda: 100_000)
     monkeypatch.setattr(throughput, "build_model", lambda *_: pytest.fail("it was built"))
     assert throughput.main(["--preset", "tiny", "--mode", "infer"]) == 1
     assert "no figure: out of memory" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def fit(w, config, x, sigma, cond, previous):
     )
     scalars = {
         "sigma": sigma.double().log() / 4,
-        "framerate": 1 / cond.framerate.double(),
+        "framerate": 1000 / cond.framerate.double(),
         "height": cond.resolution[:, 0].double().log2(),
         "width": cond.resolution[:, 1].double().log2(),
     }

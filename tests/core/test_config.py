@@ -1,5 +1,6 @@
 """The paper's sizes: geometry, parameter counts, counted work."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,15 @@ def test_table_8_geometry(config, grid, groups, group_tokens):
     assert config.padded_height == {36: 40, 288: 288}[config.height]
 
 
+@pytest.mark.parametrize("config", [FIT_500M, FIT_3_9B, FIT_3_9B_UP], ids=lambda c: c.name)
+def test_table_8_and_section_3_5_constants(config):
+    assert (config.frames, config.patch, config.blocks, config.global_layers) == (16, 4, 6, 4)
+    assert (config.dropout, config.label_dropout, config.self_conditioning) == (0.1, 0.1, 0.9)
+    scale = config.width / 64
+    assert config.sigma_in == scale * math.sqrt(config.frames) == {64: 4.0, 512: 32.0}[config.width]
+    assert config.low_res == ((36, 64) if scale == 8 else None)
+
+
 def test_heads_of_table_8():
     for config, patch_heads, latent_heads in [(FIT_500M, 16, 16), (FIT_3_9B_UP, 16, 24)]:
         with torch.device("meta"):
@@ -89,14 +99,27 @@ def test_presets_are_found_by_name(config):
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (TINY, {"width": 36}, r"token grid \(4, 5, 9\) \(T, H, W\) is not made of group=\(4, 5, 4"),
-        (TINY, {"frames": 6}, "is not made of group"),
-        (TINY, {"num_latents": 9}, "num_latents = 9 do not divide among 2 groups"),
+        (TINY, {"width": 36}, r"group must be a divisor of the token grid \(4, 5, 9\)"),
+        (TINY, {"width": 34}, "width must be divisible by patch = 4, got 34"),
+        (TINY, {"frames": 6}, r"group must be a divisor of the token grid \(6, 5, 8\)"),
+        (TINY, {"num_latents": 9}, "num_latents must be divisible by the 2 groups, got 9"),
         (TINY, {"cond_dim": 20}, "cond_dim must be divisible by 8, got 20"),
         (TINY, {"positions": "rows"}, "positions must be"),
-        (TINY_UP, {"low_res": (7, 32)}, r"low_res = \(7, 32\) does not divide"),
+        (TINY, {"patch": 0}, "patch must be an int of at least 1, got 0"),
+        (TINY, {"height": -4}, "height must be an int of at least 1, got -4"),
+        (TINY, {"frames": 4.0}, "frames must be an int of at least 1, got 4.0"),
+        (TINY, {"blocks": -1}, "blocks must be an int of at least 0, got -1"),
+        (TINY, {"group": (4, 5)}, r"group must be 3 positive ints, got \(4, 5\)"),
+        (TINY, {"group": (0, 5, 4)}, "group must be 3 positive ints"),
+        (TINY, {"patch_head_dim": 7}, "patch_head_dim must be a divisor of the inner width 24"),
+        (TINY, {"latent_head_dim": 7}, "latent_head_dim must be a divisor of latent_dim = 32"),
+        (TINY, {"dropout": 1.5}, "dropout must be a probability, got 1.5"),
+        (TINY, {"self_conditioning": -1}, "self_conditioning must be a probability, got -1"),
+        (TINY, {"sigma_in": 0.0}, "sigma_in must be above 0, got 0.0"),
+        (TINY_UP, {"low_res": (7, 32)}, r"low_res must be a divisor of \(36, 64\)"),
+        (TINY_UP, {"low_res": (0, 32)}, "low_res must be 2 positive ints"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(config, change, message):
-    with pytest.raises(ValueError, match=f"^tiny.*{message}"):
+    with pytest.raises(ValueError, match=f"^tiny.*: {message}"):
         replace(config, **change)

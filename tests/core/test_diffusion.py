@@ -111,11 +111,11 @@ def test_the_network_sees_c_in_x_and_gets_everything(rng):
 
 
 def test_bad_input_is_named():
-    diffusion = SnapDiffusion()
+    diffusion = SnapDiffusion(sigma_in=4.0)
     with pytest.raises(ValueError, match=r"sigma must be \(2,\), got \(3,\)"):
         diffusion.noise(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3))
     with pytest.raises(ValueError, match=r"eps must be \(2, 3\) like x, got \(2, 4\)"):
         diffusion.noise(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2))
     for field in ("sigma_in", "sigma_data"):
         with pytest.raises(ValueError, match=f"{field} must be above 0, got 0"):
-            SnapDiffusion(**{field: 0})
+            SnapDiffusion(**{"sigma_in": 4.0, field: 0})

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from snapvideo_core import SelfConditionedDenoiser, SnapDiffusion, sample, sigma_schedule
+from snapvideo_core import SnapDiffusion, integrate, sample, sigma_schedule
 from snapvideo_core.config import TINY
 
 MEAN, STD = 0.4, 0.5  # pixels in [-1, 1]; EDM takes 0.5 for their spread
@@ -26,7 +26,7 @@ def gaussian_denoiser(sigma_in):
 def test_gaussian_data_is_recovered(sigma_in, steps, tolerance, rng):
     """The flow is linear in the noise, so two starting points give mean and std exactly."""
     noise = torch.tensor([[-1.0], [1.0]]).double()
-    out = sample(
+    out = integrate(
         gaussian_denoiser(sigma_in), noise, sigmas=sigma_schedule(steps), sigma_in=sigma_in
     )
     assert out.dtype == torch.float64
@@ -39,7 +39,7 @@ def test_second_order_is_worth_its_evaluations():
     errors, calls = {}, {}
     for second_order in (False, True):
         denoise, count = gaussian_denoiser(4.0), []
-        out = sample(
+        out = integrate(
             lambda x, s, d=denoise, c=count: c.append(s) or d(x, s),
             noise,
             sigmas=sigma_schedule(40),
@@ -71,11 +71,11 @@ def test_latents_travel_from_evaluation_to_evaluation(rng, conditioning, random_
         seen.append((previous, latents))
         return F, latents
 
-    denoiser = SelfConditionedDenoiser(
-        network, SnapDiffusion(sigma_in=4.0), conditioning(TINY, 1, rng)
-    )
     noise = torch.randn(1, 3, TINY.frames, TINY.height, TINY.width, generator=rng)
-    out = sample(denoiser, noise, sigmas=sigma_schedule(3), sigma_in=4.0)
+    diffusion, cond = SnapDiffusion(sigma_in=4.0), conditioning(TINY, 1, rng)
+    out = sample(network, diffusion, cond, noise, sigmas=sigma_schedule(3))
+    again = sample(model, diffusion, cond, noise, sigmas=sigma_schedule(3))
+    assert torch.equal(out, again)
     assert out.shape == noise.shape and out.dtype == torch.float32
     assert out.isfinite().all() and not out.requires_grad
     assert len(seen) == 5 and seen[0][0] is None
@@ -83,14 +83,30 @@ def test_latents_travel_from_evaluation_to_evaluation(rng, conditioning, random_
         assert previous is latents
 
 
+def test_a_network_in_training_mode_is_refused(rng, conditioning, random_fit):
+    model = random_fit(TINY, rng).train()
+    noise = torch.zeros(1, 3, TINY.frames, TINY.height, TINY.width)
+    with pytest.raises(ValueError, match="training mode"):
+        sample(
+            model,
+            SnapDiffusion(sigma_in=4.0),
+            conditioning(TINY, 1, rng),
+            noise,
+            sigmas=sigma_schedule(3),
+        )
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sigma_schedule(1), "steps must be at least 2, got 1"),
+        (lambda: sigma_schedule(1), "steps must be an int of at least 2, got 1"),
+        (lambda: sigma_schedule(2.5), "steps must be an int of at least 2, got 2.5"),
+        (lambda: sigma_schedule(8, sigma_max=float("inf")), "0 < sigma_min < sigma_max < inf"),
         (lambda: sigma_schedule(8, sigma_min=0.0), "0 < sigma_min < sigma_max"),
         (lambda: sigma_schedule(8, sigma_max=0.001), "0 < sigma_min < sigma_max"),
-        (lambda: sigma_schedule(8, rho=0), "rho must be above 0"),
+        (lambda: sigma_schedule(8, rho=0), "rho must be at least 1"),
         (lambda: run(torch.tensor([1.0, 2.0, 0.0])), "must fall strictly and end in 0"),
+        (lambda: run(torch.tensor([float("inf"), 1.0, 0.0])), "must fall strictly"),
         (lambda: run(torch.tensor([2.0, 1.0])), "must fall strictly and end in 0"),
         (lambda: run(torch.tensor([0.0])), "must fall strictly and end in 0"),
         (lambda: run(torch.tensor([2.0, float("nan"), 0.0])), "must fall strictly"),
@@ -103,4 +119,4 @@ def test_bad_input_is_named(call, message):
 
 
 def run(sigmas, sigma_in=1.0):
-    return sample(gaussian_denoiser(1.0), torch.zeros(1, 1), sigmas=sigmas, sigma_in=sigma_in)
+    return integrate(gaussian_denoiser(1.0), torch.zeros(1, 1), sigmas=sigmas, sigma_in=sigma_in)

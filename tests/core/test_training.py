@@ -53,6 +53,30 @@ def test_both_passes_see_the_same_and_only_the_second_has_gradients(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in recorder.parameters())
 
 
+def test_what_it_draws(rng, conditioning, random_fit):
+    """Noise is standard normal, sigma log-normal, and equal generators draw equal losses."""
+    recorder = Recorder(random_fit(TINY, rng))
+    x, cond = video(TINY, 32, rng), conditioning(TINY, 32, rng)
+    losses = [
+        training_loss(recorder, DIFFUSION, x, cond, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    sigma = recorder.calls[0]["sigma"]
+    assert len(sigma.unique()) == 32
+    assert sigma.log().mean().item() == pytest.approx(-1.2, abs=0.8)
+    sigma = sigma.view(-1, 1, 1, 1, 1)
+    eps = (recorder.calls[0]["x"] * (1 / 16 + sigma**2).sqrt() - x / 4) / sigma
+    assert eps.mean().item() == pytest.approx(0, abs=0.02)
+    assert eps.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_another_sigma_in_than_the_models_is_refused(rng, conditioning):
+    x, cond = video(TINY, 1, rng), conditioning(TINY, 1, rng)
+    with pytest.raises(ValueError, match=r"sigma_in = 1\.0, but the model tiny has sigma_in = 4.0"):
+        training_loss(FIT(TINY), SnapDiffusion(sigma_in=1.0), x, cond)
+
+
 def test_it_is_the_loss_of_the_second_pass(rng, conditioning, random_fit):
     model = random_fit(replace(TINY, self_conditioning=1.0, label_dropout=0.0), rng)
     x, cond = video(TINY, 2, rng), conditioning(TINY, 2, rng)

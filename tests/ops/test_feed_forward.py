@@ -20,16 +20,17 @@ def inputs(rng):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_it_is_layer_norm_linear_exact_gelu_linear(backend, rng):
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_it_is_layer_norm_linear_exact_gelu_linear(backend, eps, rng):
     tokens, w = inputs(rng)
     stack = nn.Sequential(
-        nn.LayerNorm(12, eps=1e-6), nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 12)
+        nn.LayerNorm(12, eps=eps), nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 12)
     ).double()
     values = [w.norm_weight, w.norm_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias]
     with torch.no_grad():
         for parameter, value in zip(stack.parameters(), values, strict=True):
             parameter.copy_(value)
-        out = feed_forward(tokens, w, backend=backend)
+        out = feed_forward(tokens, w, eps=eps, backend=backend)
         assert relative_rms(out - tokens, stack(tokens)) < 1e-13
 
 

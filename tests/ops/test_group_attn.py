@@ -73,6 +73,21 @@ def test_write_is_the_same_equation_with_the_roles_changed(backend, rng):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [group_read, group_write])
+def test_eps_is_that_of_both_layer_norms(op, backend, rng):
+    """With eps = 3, inputs scaled to variance 1 are divided by 2."""
+    tokens, others, weights = inputs(rng)
+    tokens, others = (t - t.mean(-1, keepdim=True) for t in (tokens, others))
+    tokens, others = (t / t.square().mean(-1, keepdim=True).sqrt() for t in (tokens, others))
+    out = op(tokens, others, weights, num_heads=HEADS, eps=3.0, backend=backend)
+    halved = weights._replace(
+        q_norm_weight=weights.q_norm_weight / 2, kv_norm_weight=weights.kv_norm_weight / 2
+    )
+    expected = op(tokens, others, halved, num_heads=HEADS, eps=0.0, backend="reference")
+    assert relative_rms(out - tokens, expected - tokens) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_are_isolated(backend, rng):
     latents, patches, weights = inputs(rng)
     out = group_read(latents, patches, weights, num_heads=HEADS, backend=backend)

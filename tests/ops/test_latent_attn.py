@@ -27,6 +27,10 @@ def test_it_is_a_read_of_oneself(backend, rng):
     expected = group_read(one_group, one_group, as_read, num_heads=HEADS, backend="reference")[:, 0]
     out = latent_attention(latents, w, num_heads=HEADS, backend=backend)
     assert relative_rms(out - latents, expected - latents) < 1e-13
+    options = {"num_heads": HEADS, "eps": 0.5}
+    expected = group_read(one_group, one_group, as_read, backend="reference", **options)[:, 0]
+    out = latent_attention(latents, w, backend=backend, **options)
+    assert relative_rms(out - latents, expected - latents) < 1e-13
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -86,6 +86,7 @@ def test_empty_batch(backend):
         ({"group": (2, 4, 2)}, r"H / patch \(H = 12\) = 6 is not divisible by group\[1\] = 4"),
         ({"group": (2, 3, 5)}, r"W / patch \(W = 12\) = 6 is not divisible by group\[2\] = 5"),
         ({"group": (2, 3)}, "group must be three positive ints"),
+        ({"group": 4}, "group must be three positive ints"),
         ({"group": (2, 3, 0)}, "group must be three positive ints"),
         ({"backend": "cudnn"}, "backend='cudnn' is not one of 'reference', 'eager'"),
     ],

@@ -3,23 +3,14 @@
 import ast
 import importlib
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
+from files import ROOT, repository_files
 
 from snapvideo_core import PRESETS
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = [
-    ROOT / name
-    for name in subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
-]
+FILES = repository_files()
+DOCS = [path for path in FILES if path.suffix == ".md"]
 # What the docs set in code style that is not ours.
 OTHERS = {"pip install .", "snapkernels[video]", "pre-commit install", "--help", "own", ".*"}
 
@@ -85,7 +76,9 @@ def missing_name(name, doc):
         if f"{name}/" in (ROOT / ".gitignore").read_text().split():
             return None
         homes = (ROOT, doc.parent, *(ROOT / "snapkernels" / "ops").glob("*/"))
-        return None if any((home / name).exists() for home in homes) else f"no such path: {name}"
+        wanted = [(home / name).resolve() for home in homes]
+        known = any(path == w or w in path.parents for path in FILES for w in wanted)
+        return None if known else f"no such path: {name}"
     if name in PRESETS or (ROOT / name).exists() or (ROOT / "snapkernels/ops" / name).exists():
         return None
     if f'"{name}: ' in (ROOT / "pyproject.toml").read_text():  # a test tier

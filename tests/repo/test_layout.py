@@ -1,22 +1,14 @@
 """What the repository promises of itself: file sizes, packaging, no paths of one machine."""
 
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
+from files import ROOT, repository_files
+
 import snapkernels
 
-ROOT = Path(__file__).resolve().parents[2]
-TRACKED = [
-    ROOT / name
-    for name in subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
-]
+TRACKED = repository_files()
 TEXT = [p for p in TRACKED if p.suffix in (".py", ".md", ".sh", ".toml", ".yaml", ".json", "")]
 
 

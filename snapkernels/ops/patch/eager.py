@@ -18,8 +18,10 @@ def patchify(video: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
         .unflatten(2, (groups_t, gt))
     )
     batch, channels = video.shape[:2]
-    return pieces.permute(TO_TOKENS).reshape(
-        batch, layout.num_groups, layout.group_tokens, channels * p * p
+    return (
+        pieces.permute(TO_TOKENS)
+        .reshape(batch, layout.num_groups, layout.group_tokens, channels * p * p)
+        .contiguous()
     )
 
 

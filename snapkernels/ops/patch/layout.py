@@ -3,6 +3,8 @@
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from snapkernels.validate import Arguments
 
 
@@ -23,7 +25,8 @@ class PatchLayout(NamedTuple):
     ) -> "PatchLayout":
         """The layout, or a ValueError that names what does not divide."""
         for name, value in (("size", size), ("group", group)):
-            if len(value) != 3 or not all(isinstance(v, int) and v > 0 for v in value):
+            three = isinstance(value, tuple | list | torch.Size) and len(value) == 3
+            if not three or not all(isinstance(v, int) and v > 0 for v in value):
                 args.fail(f"{name} must be three positive ints (T, H, W), got {value!r}")
         args.divides("patch", patch, "H", size[1])
         args.divides("patch", patch, "W", size[2])
