@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from snapvideo_core import SnapDiffusion, integrate, sample, sigma_schedule
+from snapvideo_core import SelfConditionedDenoiser, SnapDiffusion, integrate, sample, sigma_schedule
 from snapvideo_core.config import TINY
 
 MEAN, STD = 0.4, 0.5  # pixels in [-1, 1]; EDM takes 0.5 for their spread
@@ -76,6 +76,10 @@ def test_latents_travel_from_evaluation_to_evaluation(rng, conditioning, random_
     out = sample(network, diffusion, cond, noise, sigmas=sigma_schedule(3))
     again = sample(model, diffusion, cond, noise, sigmas=sigma_schedule(3))
     assert torch.equal(out, again)
+    denoiser = SelfConditionedDenoiser(model, diffusion, cond)
+    with torch.no_grad():
+        by_hand = integrate(denoiser, noise, sigmas=sigma_schedule(3), sigma_in=4.0)
+    assert torch.equal(out, by_hand)
     assert out.shape == noise.shape and out.dtype == torch.float32
     assert out.isfinite().all() and not out.requires_grad
     assert len(seen) == 5 and seen[0][0] is None

@@ -16,7 +16,8 @@ def test_a_wheel_builds_without_torch(tmp_path):
     shutil.copytree(ROOT, source, ignore=kept)
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('torch is hidden from this build')")
-    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    command += ["--disable-pip-version-check", "--wheel-dir", tmp_path, source]
     done = subprocess.run(
         [sys.executable, "-m", *command],
         capture_output=True,
