@@ -108,7 +108,7 @@ def integrate(
     Raises:
         ValueError: sigmas that do not fall strictly to 0, or sigma_in not above 0.
     """
-    levels = [float(sigma) for sigma in sigmas]
+    levels = torch.as_tensor(sigmas).tolist()
     falling = all(math.inf > a > b for a, b in pairwise(levels))
     if len(levels) < 2 or not falling or levels[-1] != 0:
         raise ValueError(f"sigmas must fall strictly and end in 0, got {levels}")

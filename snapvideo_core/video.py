@@ -144,6 +144,9 @@ class _DamageError(Exception):
 def _read(av: ModuleType, file: BinaryIO, name: str, request: _Request) -> Clip:
     if not os.fstat(file.fileno()).st_size:
         raise VideoError(f"{name}: the file is empty")
+    if file.read(4) == b"GIF8" and not _ends_in(file, b";"):
+        raise VideoError(f"{name}: truncated: the GIF lacks its trailer")
+    file.seek(0)
     # Without a name FFmpeg goes by content; a name may read as a pattern for a series of images,
     # and .txt as an ANSI film.
     content = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
@@ -164,6 +167,11 @@ def _read(av: ModuleType, file: BinaryIO, name: str, request: _Request) -> Clip:
             raise VideoError(
                 f"{name}: truncated or damaged after {film.extent}: {reason}"
             ) from error
+
+
+def _ends_in(file: BinaryIO, trailer: bytes) -> bool:
+    file.seek(-min(64, os.fstat(file.fileno()).st_size), os.SEEK_END)
+    return file.read().rstrip(b"\0").endswith(trailer)
 
 
 def _still(film: _Film, request: _Request) -> Clip:

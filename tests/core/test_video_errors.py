@@ -188,6 +188,17 @@ class TestRefusals:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         refuse(path, "truncated or damaged")
 
+    @pytest.mark.parametrize("frames", [1, 20])
+    def test_gif_cut_off(self, tmp_path, frames):
+        """FFmpeg shows what there is of a cut GIF's last frame and says nothing."""
+        path = write_video(tmp_path / "i.gif", count(frames), codec="gif", pix_fmt="rgb8")
+        whole = path.read_bytes()
+        path.write_bytes(whole + bytes(3))
+        read_clip(path, frames=frames, framerate=25)
+        for kept in (30, 90):
+            path.write_bytes(whole[: len(whole) * kept // 100])
+            refuse(path, "truncated: the GIF lacks its trailer")
+
     def test_nothing_is_printed(self, movie, tmp_path, capfd):
         path = tmp_path / "v.mp4"
         path.write_bytes(movie.read_bytes()[: movie.stat().st_size // 2])
