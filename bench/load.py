@@ -9,7 +9,7 @@ import torch
 from record import query_gpu
 
 FIELDS = {"sm_clock_mhz": "clocks.sm", "power_w": "power.draw"}
-INTERVAL_S = 0.2
+INTERVAL_S = 1.0  # a query may hold up the launches of a program that waits for its host
 
 
 class Load:

@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         modes=MODES if args.mode == "both" else (args.mode,),
         clip=args.clip,
         framerate=args.framerate,
-        repeats=args.repeats or (10 if on_gpu else 3),
+        repeats=args.repeats or (20 if on_gpu else 3),
         ceilings=ceilings,
         load=load,
     )
@@ -335,7 +335,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--framerate", type=_positive_float, default=24.0, help="frames/s of the clip read"
     )
-    parser.add_argument("--repeats", type=_positive_int, help="default: 10 on a GPU, else 3")
+    parser.add_argument("--repeats", type=_positive_int, help="default: 20 on a GPU, else 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     args = parser.parse_args(arguments)
     if args.json and args.json.is_dir():
