@@ -9,7 +9,7 @@ Weights = TypeVar("Weights", bound=tuple)
 
 def random_weights(
     kind: type[Weights],
-    dims: dict[str, str],
+    dims: dict[str, tuple[str, ...]],
     sizes: dict[str, int],
     *,
     dtype: torch.dtype = torch.float32,
@@ -27,11 +27,11 @@ def random_weights(
         dtype, device, generator: of the tensors; the generator is on the same device.
     """
 
-    def draw(field: str, names: list[str]) -> torch.Tensor:
+    def draw(field: str, names: tuple[str, ...]) -> torch.Tensor:
         shape = [sizes[name] for name in names]
         values = torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
         if len(names) == 2:
             return values * shape[1] ** -0.5
         return 1 + 0.2 * values if field.endswith("norm_weight") else 0.3 * values
 
-    return kind(**{field: draw(field, names.split()).to(dtype) for field, names in dims.items()})
+    return kind(**{field: draw(field, names).to(dtype) for field, names in dims.items()})

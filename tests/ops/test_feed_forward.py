@@ -39,7 +39,7 @@ def test_dropout_zeroes_hidden_values_and_keeps_their_mean(backend, rng):
     """With fc2 a sum and h constant, the branch counts the survivors of each token."""
     hidden, p = 4000, 0.25
     sizes = {"D": 2, "F": hidden}
-    shapes = {field: [sizes[d] for d in dims.split()] for field, dims in DIMS.items()}
+    shapes = {field: [sizes[d] for d in dims] for field, dims in DIMS.items()}
     weights = FeedForwardWeights(**{f: torch.zeros(s).double() for f, s in shapes.items()})
     weights.fc1_bias.fill_(100.0)  # GELU(100) = 100
     weights.fc2_weight.fill_(1.0)

@@ -40,8 +40,8 @@ def feed_forward(
     """
     implementation = choose("feed_forward", BACKENDS, backend)
     args = Arguments("feed_forward")
-    leading = " ".join(f"N{i}" for i in range(getattr(tokens, "ndim", 1) - 1))
-    args.bind("tokens", tokens, f"{leading} D")
+    leading = (f"N{i}" for i in range(getattr(tokens, "ndim", 1) - 1))
+    args.bind("tokens", tokens, (*leading, "D"))
     args.bind_fields("weights", weights, DIMS)
     if not 0.0 <= dropout < 1.0:
         args.fail(f"dropout must be in [0, 1), got {dropout!r}")

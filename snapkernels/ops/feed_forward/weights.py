@@ -21,10 +21,10 @@ class FeedForwardWeights(NamedTuple):
 
 
 DIMS = {
-    "norm_weight": "D",
-    "norm_bias": "D",
-    "fc1_weight": "F D",
-    "fc1_bias": "F",
-    "fc2_weight": "D F",
-    "fc2_bias": "D",
+    "norm_weight": ("D",),
+    "norm_bias": ("D",),
+    "fc1_weight": ("F", "D"),
+    "fc1_bias": ("F",),
+    "fc2_weight": ("D", "F"),
+    "fc2_bias": ("D",),
 }

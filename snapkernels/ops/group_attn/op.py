@@ -48,11 +48,11 @@ def group_read(
     """
     implementation = choose("group_read", BACKENDS, backend)
     args = Arguments("group_read")
-    args.bind("latents", latents, "B G L D")
-    args.bind("patches", patches, "B G N C")
+    args.bind("latents", latents, ("B", "G", "L", "D"))
+    args.bind("patches", patches, ("B", "G", "N", "C"))
     _bind_weights(args, weights, num_heads)
     if mask is not None:
-        args.bind("mask", mask, "B G N", dtype=torch.bool)
+        args.bind("mask", mask, ("B", "G", "N"), dtype=torch.bool)
     return implementation(latents, patches, weights, num_heads, mask, eps)
 
 
@@ -83,8 +83,8 @@ def group_write(
     """
     implementation = choose("group_write", BACKENDS, backend)
     args = Arguments("group_write")
-    args.bind("patches", patches, "B G N D")
-    args.bind("latents", latents, "B G L C")
+    args.bind("patches", patches, ("B", "G", "N", "D"))
+    args.bind("latents", latents, ("B", "G", "L", "C"))
     _bind_weights(args, weights, num_heads)
     return implementation(patches, latents, weights, num_heads, None, eps)
 

@@ -27,16 +27,16 @@ class CrossAttentionWeights(NamedTuple):
 
 
 DIMS = {
-    "q_norm_weight": "D",
-    "q_norm_bias": "D",
-    "kv_norm_weight": "C",
-    "kv_norm_bias": "C",
-    "q_weight": "I D",
-    "q_bias": "I",
-    "k_weight": "I C",
-    "k_bias": "I",
-    "v_weight": "I C",
-    "v_bias": "I",
-    "o_weight": "D I",
-    "o_bias": "D",
+    "q_norm_weight": ("D",),
+    "q_norm_bias": ("D",),
+    "kv_norm_weight": ("C",),
+    "kv_norm_bias": ("C",),
+    "q_weight": ("I", "D"),
+    "q_bias": ("I",),
+    "k_weight": ("I", "C"),
+    "k_bias": ("I",),
+    "v_weight": ("I", "C"),
+    "v_bias": ("I",),
+    "o_weight": ("D", "I"),
+    "o_bias": ("D",),
 }

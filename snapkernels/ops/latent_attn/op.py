@@ -41,7 +41,7 @@ def latent_attention(
     """
     implementation = choose("latent_attention", BACKENDS, backend)
     args = Arguments("latent_attention")
-    args.bind("latents", latents, "B L D")
+    args.bind("latents", latents, ("B", "L", "D"))
     args.bind_fields("weights", weights, DIMS)
     args.divides("num_heads", num_heads, "inner width I", args.sizes["I"])
     return implementation(latents, weights, num_heads, eps)

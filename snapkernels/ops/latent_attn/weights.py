@@ -25,14 +25,14 @@ class SelfAttentionWeights(NamedTuple):
 
 
 DIMS = {
-    "norm_weight": "D",
-    "norm_bias": "D",
-    "q_weight": "I D",
-    "q_bias": "I",
-    "k_weight": "I D",
-    "k_bias": "I",
-    "v_weight": "I D",
-    "v_bias": "I",
-    "o_weight": "D I",
-    "o_bias": "D",
+    "norm_weight": ("D",),
+    "norm_bias": ("D",),
+    "q_weight": ("I", "D"),
+    "q_bias": ("I",),
+    "k_weight": ("I", "D"),
+    "k_bias": ("I",),
+    "v_weight": ("I", "D"),
+    "v_bias": ("I",),
+    "o_weight": ("D", "I"),
+    "o_bias": ("D",),
 }

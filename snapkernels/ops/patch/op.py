@@ -42,7 +42,7 @@ def patchify(
     """
     implementation = choose("patchify", PATCHIFY, backend)
     args = Arguments("patchify")
-    args.bind("video", video, "B C T H W")
+    args.bind("video", video, ("B", "C", "T", "H", "W"))
     size = (args.sizes["T"], args.sizes["H"], args.sizes["W"])
     return implementation(video, PatchLayout.checked(args, size, patch, group))
 
@@ -70,7 +70,7 @@ def unpatchify(
     """
     implementation = choose("unpatchify", UNPATCHIFY, backend)
     args = Arguments("unpatchify")
-    args.bind("tokens", tokens, "B G N P")
+    args.bind("tokens", tokens, ("B", "G", "N", "P"))
     layout = PatchLayout.checked(args, size, patch, group)
     args.divides("patch * patch", patch * patch, "tokens' last dimension P", args.sizes["P"])
     if (args.sizes["G"], args.sizes["N"]) != (layout.num_groups, layout.group_tokens):
