@@ -4,7 +4,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 export VENV PYTHON TORCH_INDEX_URL
 
-.PHONY: throughput test lint clean
+.PHONY: throughput test lint ext clean
 
 throughput: $(READY)
 	$(VENV)/bin/python bench/throughput.py $(ARGS)
@@ -17,8 +17,12 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The CUDA kernels, for which the machine needs nvcc and g++ but no GPU.
+ext: $(READY)
+	SNAPKERNELS_BUILD=1 $(VENV)/bin/python setup.py build_ext --inplace
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info snapkernels/_cuda.so
 
 $(READY): tools/setup_env.sh pyproject.toml setup.py
 	sh tools/setup_env.sh

@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from paper import PAPER_A100
-from record import ROOT, newest
+
+from snapkernels.testing.record import ROOT, newest
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 COLUMNS = (

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from gate import gate
-from load import Load
-from record import RECORDS, new_record, newest, write
 from report import figure_table
 from workload import Batch, build_model, load_batch
 
 from snapkernels.roofline import measure_ceilings, short_name
+from snapkernels.testing.load import Load
+from snapkernels.testing.record import RECORDS, new_record, newest, write
 from snapkernels.testing.timing import measure
 from snapvideo_core import (
     FIT,

@@ -1,22 +1,95 @@
-"""Which implementation of an op runs: the caller's choice, or the default."""
+"""Which backend of an op runs a call, and why not another."""
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
-DEFAULT_BACKEND = "eager"
+import torch
 
-Implementation = TypeVar("Implementation", bound=Callable)
+from snapkernels import env
+from snapkernels.spec import Backend, Spec
 
 
-def choose(op: str, backends: Mapping[str, Implementation], backend: str | None) -> Implementation:
-    """Return the implementation of `op` named `backend` (None: `DEFAULT_BACKEND`).
+def choose(spec: Spec, backend: str | None, values: tuple[Any, ...]) -> Backend:
+    """The backend called `backend`, or, for None, the first that takes `values`.
 
-    An explicit choice never falls back.
+    `values` are the call's inputs, then its options. A named backend never falls back; one named in
+    SNAPKERNELS_BACKEND is named.
 
     Raises:
-        ValueError: `op` has no such backend.
+        ValueError: there is no such backend, or it cannot run this call; the message says why.
     """
-    name = DEFAULT_BACKEND if backend is None else backend
-    if name not in backends:
-        raise ValueError(f"{op}: backend={name!r} is not one of {', '.join(map(repr, backends))}")
-    return backends[name]
+    name = backend if backend is not None else env.BACKENDS.get(spec.name)
+    if name is not None:
+        chosen = spec.backend(name)
+        if reason := chosen.refuses(*values):
+            raise ValueError(f"{spec.name}: backend={name!r} cannot run this call: {reason}")
+        return chosen
+    for candidate in spec.backends:
+        if candidate.refuses(*values) is None and not _interpreted(candidate):
+            return candidate
+    raise AssertionError(f"{spec.name}: the reference refuses nothing")
+
+
+def candidates(spec: Spec, values: tuple[Any, ...]) -> Iterator[Backend]:
+    """The backends that take `values`, best first; the last is the reference.
+
+    Interpreted kernels are left out: they are there to be proved, and too slow for anything else.
+    """
+    for candidate in spec.backends:
+        if not _interpreted(candidate) and candidate.refuses(*values) is None:
+            yield candidate
+
+
+def _interpreted(backend: Backend) -> bool:
+    return env.INTERPRET and backend.name == "triton"
+
+
+def implementation(backend: Backend) -> Callable[..., torch.Tensor]:
+    """The function of `backend`, imported now if it was named by its module."""
+    return _import(backend.run) if isinstance(backend.run, str) else backend.run
+
+
+def explain(spec: Spec, *values: Any) -> str:
+    """Which backend would run a call with the inputs and options `values`, and why not another.
+
+    Raises:
+        ValueError: the arguments do not fit.
+    """
+    sizes = spec.check(*values)
+    lines = [
+        f"{spec.name}: {spec.math}",
+        "  " + ", ".join(f"{name} = {size}" for name, size in sizes.items()),
+    ]
+    chosen = choose(spec, None, values).name
+    preferred = env.BACKENDS.get(spec.name)
+    for backend in spec.backends:
+        reason = backend.refuses(*values)
+        if backend.name == chosen:
+            verdict = "runs" + " (SNAPKERNELS_BACKEND)" * (preferred == chosen)
+        else:
+            verdict = f"cannot: {reason}" if reason else f"can, but {chosen} is preferred"
+        lines.append(f"  {backend.name:<10} {verdict}")
+    return "\n".join(lines)
+
+
+def triton_refuses(tensor: torch.Tensor, *_: Any) -> str | None:
+    """Why no Triton kernel can run on `tensor`, or None."""
+    if not tensor.is_cuda and not env.INTERPRET:
+        return f"Triton kernels need a CUDA tensor, this one is on {tensor.device.type}"
+    return None if _has_triton() else "the package triton is not installed"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _import(path: str) -> Callable[..., torch.Tensor]:
+    if env.INTERPRET:
+        importlib.import_module("snapkernels.interpreter").install()
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)

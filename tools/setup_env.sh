@@ -40,13 +40,28 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 if nvidia-smi -L >/dev/null 2>&1; then gpu=yes; else gpu=no; fi
 say "installing $torch (NVIDIA GPU: $gpu)"
 pip install --quiet ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch"
-say "installing this package and its tools"
-pip install --quiet --editable '.[dev]'
-
-cuda=$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "no")')
+cuda=$("$venv/bin/python" -W ignore -c 'import torch; print(torch.version.cuda or "no")')
 case $gpu-$cuda in
     yes-no) fail "this machine has an NVIDIA GPU, but a CPU build of torch was installed;" \
         "set TORCH_INDEX_URL to the index of a CUDA build and run the same command again" ;;
+esac
+
+# Before the package, for which pip would take the newest Triton, a larger download that then had to
+# go. A CUDA build of torch brings the Triton it was made with. Beside a CPU build kernels run in
+# Triton's interpreter: snapkernels/interpreter.py mends it by private names, which 3.6.0 has, and
+# on NumPy 2.4 its loops fail.
+pins=
+[ "$cuda" = no ] && pins="triton==3.6.0 numpy<2.4"
+say "installing the build's tools${pins:+, $pins}"
+# shellcheck disable=SC2086
+pip install --quiet 'setuptools>=77' $pins
+
+say "installing this package and its tools"
+SNAPKERNELS_BUILD=0 pip install --quiet --no-build-isolation --editable '.[dev]'
+# Not by pip, which is silent on what was built and why not.
+"$venv/bin/python" setup.py --quiet build_ext --inplace
+
+case $gpu-$cuda in
     no-no | yes-*) ;;
     no-*) say "this is a CUDA build of torch on a machine without an NVIDIA GPU; it works, but" \
         "TORCH_INDEX_URL set to PyTorch's CPU index saves gigabytes (make clean first)" ;;

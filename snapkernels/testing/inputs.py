@@ -1,5 +1,6 @@
 """Random inputs that leave no term of an equation at zero."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -10,7 +11,7 @@ Weights = TypeVar("Weights", bound=tuple)
 def random_weights(
     kind: type[Weights],
     dims: dict[str, tuple[str, ...]],
-    sizes: dict[str, int],
+    sizes: Mapping[str, int],
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",

@@ -6,35 +6,44 @@ import torch
 from throughput import CLIP
 from workload import build_model, load_batch
 
+from snapkernels import dispatch, library
 from snapkernels.ops.feed_forward import op as feed_forward
 from snapkernels.ops.group_attn import op as group_attn
 from snapkernels.ops.latent_attn import op as latent_attn
-from snapkernels.ops.patch import op as patch
+from snapkernels.registry import OPS
 from snapvideo_core import PRESETS, SnapDiffusion
 
 CPU = torch.device("cpu")
+
+
+def without_mask(f):
+    """group_read has a mask after its weights, group_write none."""
+    return lambda q, kv, w, *rest: f(q, kv, w, *[None for _ in rest[:-2]], *rest[-2:])
+
+
+def without_last_key(f):
+    def call(q, kv, w, *rest):
+        masked = len(rest) == 3 and rest[0] is not None
+        return f(q, kv if masked else kv[:, :, :-1], w, *rest)
+
+    return call
+
+
+def q_and_k_swapped(f):
+    return lambda z, w, *a: f(z, w._replace(q_weight=w.k_weight, k_weight=w.q_weight), *a)
+
+
+# {bug: (where the implementation is looked up, the ops that have it, what it does to one)}
+CROSS = ("group_read", "group_write")
 BUGS = {
-    "groups rolled": (group_attn.BACKENDS, lambda f: lambda q, kv, *a: f(q, kv.roll(1, 1), *a)),
-    "mask ignored": (
-        group_attn.BACKENDS,
-        lambda f: lambda q, kv, w, heads, mask, eps: f(q, kv, w, heads, None, eps),
-    ),
-    "last key of each group dropped": (
-        group_attn.BACKENDS,
-        lambda f: (
-            lambda q, kv, w, heads, mask, eps: f(
-                q, kv if mask is not None else kv[:, :, :-1], w, heads, mask, eps
-            )
-        ),
-    ),
-    "q and k swapped": (
-        latent_attn.BACKENDS,
-        lambda f: lambda z, w, *a: f(z, w._replace(q_weight=w.k_weight, k_weight=w.q_weight), *a),
-    ),
-    "self-attention left out": (latent_attn.BACKENDS, lambda f: lambda z, *a: z),
-    "residual left out": (feed_forward.BACKENDS, lambda f: lambda x, *a: f(x, *a) - x),
-    "video mirrored": (patch.UNPATCHIFY, lambda f: lambda x, *a: f(x, *a).flip(-1)),
-    "not a number": (patch.UNPATCHIFY, lambda f: lambda x, *a: f(x, *a) * float("nan")),
+    "groups rolled": (group_attn, CROSS, lambda f: lambda q, kv, *a: f(q, kv.roll(1, 1), *a)),
+    "mask ignored": (group_attn, CROSS, without_mask),
+    "last key of each group dropped": (group_attn, CROSS, without_last_key),
+    "q and k swapped": (latent_attn, ["latent_attention"], q_and_k_swapped),
+    "self-attention left out": (latent_attn, ["latent_attention"], lambda f: lambda z, *a: z),
+    "residual left out": (feed_forward, ["feed_forward"], lambda f: lambda x, *a: f(x, *a) - x),
+    "video mirrored": (library, ["unpatchify"], lambda f: lambda x, *a: f(x, *a).flip(-1)),
+    "not a number": (library, ["unpatchify"], lambda f: lambda x, *a: f(x, *a) * float("nan")),
 }
 
 
@@ -57,8 +66,14 @@ def test_the_model_passes(preset, dtype):
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_seeded_bug_turns_it_red(bug, monkeypatch):
-    backends, break_it = BUGS[bug]
-    monkeypatch.setitem(backends, "eager", break_it(backends["eager"]))
+    module, ops, break_it = BUGS[bug]
+    broken = [OPS[name].spec.backend("eager") for name in ops]
+
+    def implementation(backend):
+        function = dispatch.implementation(backend)
+        return break_it(function) if any(backend is one for one in broken) else function
+
+    monkeypatch.setattr(module, "implementation", implementation)
     verdict, _ = run_gate("mini", torch.bfloat16)
     assert verdict.startswith("relative rms error")
 

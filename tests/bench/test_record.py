@@ -4,11 +4,11 @@ import copy
 import json
 import subprocess
 
-import load
 import pytest
-import record
 import report
 import torch
+
+from snapkernels.testing import load, record
 
 ROW = {
     "case": "model/500m/infer",

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-import record
 import throughput
 import torch
 from video_files import quadrants, write_image
 from workload import load_batch
 
+from snapkernels.testing import record
 from snapkernels.testing.timing import Timing
 from snapvideo_core import FIT, read_clip
 from snapvideo_core.config import TINY, TINY_UP

@@ -73,7 +73,7 @@ def test_compiles_without_graph_breaks(rng):
     ("change", "message"),
     [
         ({"tokens": torch.zeros(4, 13).double()}, "weights.norm_weight has D = 12"),
-        ({"tokens": torch.zeros((), dtype=torch.float64)}, "tokens must have 1 dimensions"),
+        ({"tokens": torch.zeros((), dtype=torch.float64)}, "must have at least 1 dimensions"),
         ({"tokens": "tokens"}, "tokens must be a tensor, got str"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),

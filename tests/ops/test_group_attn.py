@@ -193,7 +193,7 @@ MASK = torch.ones(BATCH, GROUPS, PATCHES)
         ({"q_weight": torch.zeros(12, 14).double()}, "weights.q_weight has D = 14"),
         ({"o_bias": torch.zeros(1, 20).double()}, "weights.o_bias must have 1 dimensions"),
         ({"k_bias": torch.zeros(13).double()}, "weights.k_bias has I = 13"),
-        ({"num_heads": 5}, "inner width I = 12 is not divisible by num_heads = 5"),
+        ({"num_heads": 5}, "I = 12 is not divisible by num_heads = 5"),
         ({"num_heads": 0}, "num_heads must be a positive int"),
         ({"mask": MASK}, "mask must be torch.bool, got torch.float32"),
         ({"mask": MASK[..., :6].bool()}, "mask has N = 6 .*patches has N = 7"),

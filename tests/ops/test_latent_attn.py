@@ -58,7 +58,7 @@ def test_compiles_without_graph_breaks(rng):
         ({"latents": torch.zeros(7, 20)}, "latents must have 3 dimensions"),
         ({"latents": torch.zeros(2, 7, 21).double()}, "weights.norm_weight has D = 20"),
         ({"latents": torch.zeros(2, 7, 20)}, "weights.norm_weight must be torch.float32"),
-        ({"num_heads": 7}, "inner width I = 12 is not divisible by num_heads = 7"),
+        ({"num_heads": 7}, "I = 12 is not divisible by num_heads = 7"),
         ({"weights": None}, "weights must have the fields norm_weight"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from snapkernels import patchify, unpatchify
 
-BACKENDS = ["reference", "eager"]
+BACKENDS = ["reference", "eager", "cpu"]
 # One non-square, several groups along each axis, channels that are neither 1 nor 3.
 GROUP, SIZE, CHANNELS, PATCH = (2, 3, 2), (4, 12, 12), 5, 2
 
@@ -31,9 +31,12 @@ def test_element_order_is_the_documented_one(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_backends_agree_bitwise_and_invert(dtype, rng):
     x = torch.randn(2, CHANNELS, *SIZE, generator=rng).to(dtype)
-    for strided in (x, x.transpose(0, 4).contiguous().transpose(0, 4)):
-        tokens = [patchify(strided, patch=PATCH, group=GROUP, backend=b) for b in BACKENDS]
-        assert torch.equal(*tokens)
+    permuted = x.transpose(0, 4).contiguous().transpose(0, 4)
+    with pytest.raises(ValueError, match="backend='cpu' cannot run this call: strides"):
+        patchify(permuted, patch=PATCH, group=GROUP, backend="cpu")
+    for strided, backends in ((x, BACKENDS), (permuted, ["reference", "eager", None])):
+        tokens = [patchify(strided, patch=PATCH, group=GROUP, backend=b) for b in backends]
+        assert all(torch.equal(tokens[0], other) for other in tokens[1:])
         for backend in BACKENDS:
             back = unpatchify(tokens[0], size=SIZE, patch=PATCH, group=GROUP, backend=backend)
             assert torch.equal(back, strided)
@@ -79,16 +82,19 @@ def test_empty_batch(backend):
         ({"video": torch.zeros(3, 4, 12, 12)}, "video must have 5 dimensions"),
         ({"video": torch.zeros(1, 3, 4, 12, 12, dtype=torch.uint8)}, "floating point, got torch.u"),
         ({"video": [[0.0]]}, "video must be a tensor, got list"),
-        ({"patch": 5}, "H = 12 is not divisible by patch = 5"),
+        ({"patch": 5}, r"H = 12 is not divisible by patch \* group\[1\] = 5 \* 3 = 15"),
         ({"patch": 0}, "patch must be a positive int, got 0"),
         ({"patch": 2.0}, "patch must be a positive int, got 2.0"),
         ({"group": (3, 3, 2)}, r"T = 4 is not divisible by group\[0\] = 3"),
-        ({"group": (2, 4, 2)}, r"H / patch \(H = 12\) = 6 is not divisible by group\[1\] = 4"),
-        ({"group": (2, 3, 5)}, r"W / patch \(W = 12\) = 6 is not divisible by group\[2\] = 5"),
+        ({"group": (2, 4, 2)}, r"H = 12 is not divisible by patch \* group\[1\] = 2 \* 4 = 8"),
+        ({"group": (2, 3, 5)}, r"W = 12 is not divisible by patch \* group\[2\] = 2 \* 5 = 10"),
         ({"group": (2, 3)}, "group must be three positive ints"),
         ({"group": 4}, "group must be three positive ints"),
         ({"group": (2, 3, 0)}, "group must be three positive ints"),
-        ({"backend": "cudnn"}, "backend='cudnn' is not one of 'reference', 'eager'"),
+        (
+            {"backend": "cudnn"},
+            "backend='cudnn' is not one of 'cuda', 'triton', 'cpu', 'eager', 'reference'",
+        ),
     ],
 )
 def test_patchify_names_what_is_wrong(change, message):
@@ -101,9 +107,15 @@ def test_patchify_names_what_is_wrong(change, message):
     ("change", "message"),
     [
         ({"tokens": torch.zeros(2, 12, 20)}, "tokens must have 4 dimensions"),
-        ({"tokens": torch.zeros(2, 12, 12, 18)}, r"P = 18 is not divisible by patch \* patch = 4"),
-        ({"tokens": torch.zeros(2, 12, 11, 20)}, "do not fill size=.*N = 12 patches are needed"),
-        ({"size": (4, 12, 24)}, "G = 24 groups"),
+        (
+            {"tokens": torch.zeros(2, 12, 12, 18)},
+            r"P = 18 is not divisible by patch \* patch = 2 \* 2 = 4",
+        ),
+        (
+            {"tokens": torch.zeros(2, 12, 11, 20)},
+            r"tokens has N = 11, but N = group\[0\] \* group\[1\] \* group\[2\] = 12",
+        ),
+        ({"size": (4, 12, 24)}, r"tokens has G = 12, but G = T \* H \* W / .* = 24"),
         ({"size": (4, 12)}, "size must be three positive ints"),
     ],
 )

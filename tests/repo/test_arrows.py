@@ -11,26 +11,27 @@ import pytest
 import snapkernels
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("snapkernels", "snapvideo_core", "bench")
+OURS = ("snapkernels", "snapvideo_core", "bench", "profiling")
 FILES = [p.relative_to(ROOT) for f in OURS for p in sorted((ROOT / f).rglob("*.py"))]
 
 
 def arrows(text):
-    """The block's rules: [(file pattern, allowed imports)] and {package: allowed outsiders}."""
+    """The block's rules, in order: (file pattern, allowed imports) inside, and of outsiders."""
     block = re.search(r"```arrows\n(.*?)```", text, re.DOTALL).group(1)
-    inside, outside = [], {}
+    inside, outside = [], []
     for line in block.splitlines():
         subject, allowed = re.fullmatch(r"(\S+(?: \S+)?)\s+imports\s*(.*)", line).groups()
         if subject.startswith("outside "):
-            outside[subject.removeprefix("outside ")] = allowed.split()
+            outside.append((subject.removeprefix("outside "), allowed.split()))
         else:
             inside.append((subject, allowed.split()))
     return inside, outside
 
 
 def imports(path, source):
-    """(module, imported names) of every import, a bench sibling as bench.<name>."""
-    siblings = {p.stem for p in (ROOT / "bench").glob("*.py")} if path.parts[0] == "bench" else ()
+    """(module, imported names) of every import, a script's sibling as <folder>.<name>."""
+    scripts = path.parts[0] if path.parts[0] in ("bench", "profiling") else None
+    siblings = {p.stem for p in (ROOT / scripts).glob("*.py")} if scripts else ()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found = [(alias.name, []) for alias in node.names]
@@ -40,15 +41,19 @@ def imports(path, source):
         else:
             continue
         for module, names in found:
-            yield (f"bench.{module}" if module in siblings else module), names
+            yield (f"{scripts}.{module}" if module in siblings else module), names
 
 
 def violations(path, source, inside, outside):
-    allowed = next((rule for pattern, rule in inside if fnmatch(str(path), pattern)), None)
+    allowed, outsiders = (
+        next((rule for pattern, rule in rules if fnmatch(str(path), pattern)), None)
+        for rules in (inside, outside)
+    )
     if allowed is None:
         return [f"{path}: no arrow names it"]
     own = ".".join(path.parent.parts)
-    allowed = [re.sub(r"^own\b", own, name) for name in allowed]
+    family = ".".join(path.parts[:3])
+    allowed = [re.sub(r"^family\b", family, re.sub(r"^own\b", own, name)) for name in allowed]
     wrong = []
     for module, names in imports(path, source):
         top = module.split(".")[0]
@@ -63,7 +68,7 @@ def violations(path, source, inside, outside):
                     or (name != "snapkernels" and any(fits(name, a) for a in allowed))
                 ):
                     wrong.append(f"{path} may not import {name} ({', '.join(names)})")
-        elif top not in sys.stdlib_module_names and top not in outside.get(path.parts[0], []):
+        elif top not in sys.stdlib_module_names and top not in outsiders:
             wrong.append(f"{path} may not import {top}: it is not among its outsiders")
     return wrong
 
@@ -95,10 +100,14 @@ def test_every_file_keeps_to_the_arrows(path):
         ("snapkernels/ops/patch/op.py", "import snapkernels"),
         ("snapkernels/validate.py", "import snapvideo_core"),
         ("snapkernels/modules.py", "import numpy"),
+        ("snapkernels/dispatch.py", "import triton"),
         ("snapkernels/testing/timing.py", "from snapkernels.modules import GroupRead"),
         ("snapvideo_core/fit.py", "from snapkernels.modules import GroupRead"),
         ("snapvideo_core/fit.py", "from snapkernels import modules"),
-        ("snapvideo_core/fit.py", "import bench.record"),
+        ("snapvideo_core/fit.py", "import bench.report"),
+        ("snapkernels/ops/patch/kernels/cuda.py", "from snapkernels.ops.patch import reference"),
+        ("snapkernels/ops/patch/kernels/cuda.py", "from snapkernels.ops.patch import eager"),
+        ("snapkernels/dispatch.py", "from snapkernels.testing import bench"),
         ("bench/gate.py", "from tests import conftest"),
         ("snapkernels/new.py", ""),
     ],

@@ -3,29 +3,35 @@
 import ast
 import importlib
 import re
+from fnmatch import fnmatch
 
 import pytest
 from files import ROOT, repository_files
 
+from snapkernels.registry import OPS
+from snapkernels.testing.cases import all_ids, find
 from snapvideo_core import PRESETS
 
 FILES = repository_files()
 DOCS = [path for path in FILES if path.suffix == ".md"]
 # What the docs set in code style that is not ours.
 OTHERS = {"pip install .", "snapkernels[video]", "pre-commit install", "--help", "own", ".*"}
+OTHERS |= {"pip install --no-build-isolation .", "custom_op", "family"}
+# What stands for a placeholder.
+EXAMPLES = {"<family>": "patch", "<backend>": "cuda", "<name>": "patchify"}
 
 
 def identifiers():
     """What the code defines or passes: names, attributes, arguments, one-word strings."""
     found = set()
-    for folder in ("snapkernels", "snapvideo_core", "bench"):
+    for folder in ("snapkernels", "snapvideo_core", "bench", "profiling"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 for field in ("name", "id", "attr", "arg", "value"):
                     word = getattr(node, field, None)
                     if isinstance(word, str) and word.replace("-", "_").isidentifier():
                         found.add(word)
-    for path in ("Makefile", "tools/setup_env.sh"):
+    for path in ("Makefile", "setup.py", "tools/setup_env.sh"):
         found |= set(re.findall(r"\b[A-Z][A-Z_]+\b", (ROOT / path).read_text()))
     return found
 
@@ -46,10 +52,14 @@ def missing(span, doc):
     """Why `span` names nothing that exists, or None."""
     if not span or span in OTHERS or re.fullmatch(r"\d[\w.]*", span):
         return None
+    for placeholder, example in EXAMPLES.items():
+        span = span.replace(placeholder, example)
     first, *rest = span.split()
     if first == "make":
         targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         return None if set(rest) <= targets else f"no such target: {span}"
+    if span.startswith("python -m snapkernels"):
+        return missing_command(rest[2:])
     if first == "python" and rest[0] != "-m":
         return missing_flags(rest[0], rest[1:])
     if first == "pytest":
@@ -57,6 +67,28 @@ def missing(span, doc):
     if rest:
         return f"not a form this test can check: {span}"
     return missing_name(span, doc)
+
+
+def missing_command(words):
+    if not words:
+        return None
+    name, *arguments = words
+    unknown = missing_flags("snapkernels/__main__.py", arguments)
+    a_part = name in ("check", "bench")  # those take a part of an id
+    cases = [missing_case(word, part=a_part) for word in arguments if "/" in word]
+    source = (ROOT / "snapkernels/__main__.py").read_text()
+    known = f'add_parser("{name}"' in source
+    return unknown or next(filter(None, cases), None) if known else f"no such command: {name}"
+
+
+def missing_case(case_id, part=False):
+    if part:
+        return None if any(case_id in one for one in all_ids()) else f"no case has {case_id}"
+    try:
+        find(case_id)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def missing_flags(script, words):
@@ -72,14 +104,20 @@ def missing_name(name, doc):
     case = re.fullmatch(r"model/([\w.-]+)/(infer|train)", name)
     if case:
         return None if case.group(1) in PRESETS else f"no such preset: {name}"
+    if re.match(r"(op|layer)/\w+/", name):
+        return missing_case(name)
+    if name.startswith("snapkernels::"):
+        return None if name.partition("::")[2] in OPS else f"no such op: {name}"
     if "/" in name or re.search(r"\.(py|md|sh|toml|json|mp4)$", name) or name.startswith("."):
-        if f"{name}/" in (ROOT / ".gitignore").read_text().split():
+        ignored = (ROOT / ".gitignore").read_text().split()
+        if f"{name}/" in ignored or any(fnmatch(name, pattern) for pattern in ignored):
             return None
         homes = (ROOT, doc.parent, *(ROOT / "snapkernels" / "ops").glob("*/"))
         wanted = [(home / name).resolve() for home in homes]
         known = any(path == w or w in path.parents for path in FILES for w in wanted)
         return None if known else f"no such path: {name}"
-    if name in PRESETS or (ROOT / name).exists() or (ROOT / "snapkernels/ops" / name).exists():
+    folders = (ROOT, ROOT / "snapkernels/ops", *(ROOT / "snapkernels/ops").glob("*/"))
+    if name in PRESETS or any((folder / name).exists() for folder in folders):
         return None
     if f'"{name}: ' in (ROOT / "pyproject.toml").read_text():  # a test tier
         return None
@@ -136,6 +174,12 @@ def test_python_blocks_run(doc):
         "SnapDiffusion.noisy",
         "some words of prose",
         "gone.md",
+        "python -m snapkernels prove",
+        "python -m snapkernels bench --fast",
+        "python -m snapkernels bench --case patchify/down",
+        "python -m snapkernels explain op/patchify/up-b9/fwd",
+        "op/patchfy/up-b1/fwd",
+        "snapkernels::patchfy",
     ],
 )
 def test_a_name_that_is_gone_is_seen(span):

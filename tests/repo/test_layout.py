@@ -32,9 +32,9 @@ def test_nothing_names_a_home_or_a_work_folder():
     assert named == []
 
 
-def test_the_ops_need_torch_alone_and_every_public_name_exists():
+def test_the_ops_need_torch_and_triton_alone_and_every_public_name_exists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["dependencies"] == ["torch>=2.11"]
+    assert project["dependencies"] == ["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"]
     assert project["requires-python"] == ">=3.11"
     for name in snapkernels.__all__:
         assert getattr(snapkernels, name).__doc__, name

@@ -1,18 +1,17 @@
 """feed_forward: the feed-forward sublayer, from LayerNorm to residual.
 
-Legend: B batch, N tokens, D their width, F hidden width.
+Legend: D width of the tokens, F hidden width.
 """
 
 import torch
 
-from snapkernels.dispatch import choose
-from snapkernels.ops.feed_forward import eager, reference
-from snapkernels.ops.feed_forward.weights import DIMS, FeedForwardWeights
-from snapkernels.validate import Arguments
-
-BACKENDS = {"reference": reference.feed_forward, "eager": eager.feed_forward}
+from snapkernels.dispatch import choose, implementation
+from snapkernels.ops.feed_forward.spec import FEED_FORWARD
+from snapkernels.ops.feed_forward.weights import FeedForwardWeights
+from snapkernels.registry import public
 
 
+@public(FEED_FORWARD)
 def feed_forward(
     tokens: torch.Tensor,
     weights: FeedForwardWeights,
@@ -38,11 +37,6 @@ def feed_forward(
         ValueError: shapes, dtypes or devices that disagree, dropout outside [0, 1), or an unknown
             backend.
     """
-    implementation = choose("feed_forward", BACKENDS, backend)
-    args = Arguments("feed_forward")
-    leading = (f"N{i}" for i in range(getattr(tokens, "ndim", 1) - 1))
-    args.bind("tokens", tokens, (*leading, "D"))
-    args.bind_fields("weights", weights, DIMS)
-    if not 0.0 <= dropout < 1.0:
-        args.fail(f"dropout must be in [0, 1), got {dropout!r}")
-    return implementation(tokens, weights, dropout, eps)
+    values = (tokens, weights, dropout, eps)
+    FEED_FORWARD.check(*values)
+    return implementation(choose(FEED_FORWARD, backend, values))(*values)

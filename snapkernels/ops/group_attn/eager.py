@@ -13,8 +13,8 @@ def cross_attention(
     q_tokens: torch.Tensor,
     kv_tokens: torch.Tensor,
     w: CrossAttentionWeights,
-    num_heads: int,
     mask_BGK: torch.Tensor | None,
+    num_heads: int,
     eps: float,
 ) -> torch.Tensor:
     def by_head(tokens_BGXI: torch.Tensor) -> torch.Tensor:
@@ -38,3 +38,13 @@ def cross_attention(
     if readable is not None:
         context_BGQI = context_BGQI * readable[..., None]
     return q_tokens + linear(context_BGQI, w.o_weight, w.o_bias)
+
+
+def group_write(
+    patches: torch.Tensor,
+    latents: torch.Tensor,
+    w: CrossAttentionWeights,
+    num_heads: int,
+    eps: float,
+) -> torch.Tensor:
+    return cross_attention(patches, latents, w, None, num_heads, eps)

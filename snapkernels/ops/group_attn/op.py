@@ -6,14 +6,13 @@ group, C their width, I inner width (heads times head dimension).
 
 import torch
 
-from snapkernels.dispatch import choose
-from snapkernels.ops.group_attn import eager, reference
-from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
-from snapkernels.validate import Arguments
-
-BACKENDS = {"reference": reference.cross_attention, "eager": eager.cross_attention}
+from snapkernels.dispatch import choose, implementation
+from snapkernels.ops.group_attn.spec import GROUP_READ, GROUP_WRITE
+from snapkernels.ops.group_attn.weights import CrossAttentionWeights
+from snapkernels.registry import public
 
 
+@public(GROUP_READ)
 def group_read(
     latents: torch.Tensor,
     patches: torch.Tensor,
@@ -46,16 +45,12 @@ def group_read(
         ValueError: shapes, dtypes or devices that disagree, num_heads that does not divide I, or
             an unknown backend.
     """
-    implementation = choose("group_read", BACKENDS, backend)
-    args = Arguments("group_read")
-    args.bind("latents", latents, ("B", "G", "L", "D"))
-    args.bind("patches", patches, ("B", "G", "N", "C"))
-    _bind_weights(args, weights, num_heads)
-    if mask is not None:
-        args.bind("mask", mask, ("B", "G", "N"), dtype=torch.bool)
-    return implementation(latents, patches, weights, num_heads, mask, eps)
+    values = (latents, patches, weights, mask, num_heads, eps)
+    GROUP_READ.check(*values)
+    return implementation(choose(GROUP_READ, backend, values))(*values)
 
 
+@public(GROUP_WRITE)
 def group_write(
     patches: torch.Tensor,
     latents: torch.Tensor,
@@ -81,14 +76,6 @@ def group_write(
     Raises:
         ValueError: as in `group_read`.
     """
-    implementation = choose("group_write", BACKENDS, backend)
-    args = Arguments("group_write")
-    args.bind("patches", patches, ("B", "G", "N", "D"))
-    args.bind("latents", latents, ("B", "G", "L", "C"))
-    _bind_weights(args, weights, num_heads)
-    return implementation(patches, latents, weights, num_heads, None, eps)
-
-
-def _bind_weights(args: Arguments, weights: CrossAttentionWeights, num_heads: int) -> None:
-    args.bind_fields("weights", weights, DIMS)
-    args.divides("num_heads", num_heads, "inner width I", args.sizes["I"])
+    values = (patches, latents, weights, num_heads, eps)
+    GROUP_WRITE.check(*values)
+    return implementation(choose(GROUP_WRITE, backend, values))(*values)

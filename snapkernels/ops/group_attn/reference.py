@@ -14,8 +14,8 @@ def cross_attention(
     q_tokens: torch.Tensor,
     kv_tokens: torch.Tensor,
     w: CrossAttentionWeights,
-    num_heads: int,
     mask_BGK: torch.Tensor | None,
+    num_heads: int,
     eps: float,
 ) -> torch.Tensor:
     q_in = layer_norm(q_tokens, q_tokens.shape[-1:], w.q_norm_weight, w.q_norm_bias, eps)
@@ -33,3 +33,13 @@ def cross_attention(
         p_BGHQK = scores.masked_fill(~m_BG11K, torch.finfo(scores.dtype).min).softmax(-1) * m_BG11K
     context_BGQHE = torch.einsum("bghqk,bgkhe->bgqhe", p_BGHQK, v_BGKHE)
     return q_tokens + context_BGQHE.flatten(-2) @ w.o_weight.T + w.o_bias
+
+
+def group_write(
+    patches: torch.Tensor,
+    latents: torch.Tensor,
+    w: CrossAttentionWeights,
+    num_heads: int,
+    eps: float,
+) -> torch.Tensor:
+    return cross_attention(patches, latents, w, None, num_heads, eps)

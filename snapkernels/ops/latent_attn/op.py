@@ -5,14 +5,13 @@ Legend: B batch, L latent tokens, D their width, I inner width (heads times head
 
 import torch
 
-from snapkernels.dispatch import choose
-from snapkernels.ops.latent_attn import eager, reference
-from snapkernels.ops.latent_attn.weights import DIMS, SelfAttentionWeights
-from snapkernels.validate import Arguments
-
-BACKENDS = {"reference": reference.self_attention, "eager": eager.self_attention}
+from snapkernels.dispatch import choose, implementation
+from snapkernels.ops.latent_attn.spec import LATENT_ATTENTION
+from snapkernels.ops.latent_attn.weights import SelfAttentionWeights
+from snapkernels.registry import public
 
 
+@public(LATENT_ATTENTION)
 def latent_attention(
     latents: torch.Tensor,
     weights: SelfAttentionWeights,
@@ -39,9 +38,6 @@ def latent_attention(
         ValueError: shapes, dtypes or devices that disagree, num_heads that does not divide I, or
             an unknown backend.
     """
-    implementation = choose("latent_attention", BACKENDS, backend)
-    args = Arguments("latent_attention")
-    args.bind("latents", latents, ("B", "L", "D"))
-    args.bind_fields("weights", weights, DIMS)
-    args.divides("num_heads", num_heads, "inner width I", args.sizes["I"])
-    return implementation(latents, weights, num_heads, eps)
+    values = (latents, weights, num_heads, eps)
+    LATENT_ATTENTION.check(*values)
+    return implementation(choose(LATENT_ATTENTION, backend, values))(*values)

@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm
 from snapkernels.ops.latent_attn.weights import SelfAttentionWeights
 
 
-def self_attention(
+def latent_attention(
     latents_BLD: torch.Tensor, w: SelfAttentionWeights, num_heads: int, eps: float
 ) -> torch.Tensor:
     z_BLD = layer_norm(latents_BLD, latents_BLD.shape[-1:], w.norm_weight, w.norm_bias, eps)

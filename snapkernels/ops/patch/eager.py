@@ -10,26 +10,30 @@ TO_TOKENS = (0, 2, 4, 7, 3, 5, 8, 1, 6, 9)
 TO_VIDEO = (0, 7, 1, 4, 2, 5, 8, 3, 6, 9)
 
 
-def patchify(video: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
-    (groups_t, groups_h, groups_w), (gt, gh, gw), p = layout.groups, layout.group, layout.patch
+def patchify(video: torch.Tensor, patch: int, group: tuple[int, int, int]) -> torch.Tensor:
+    batch, channels, t, h, w = video.shape
+    layout = PatchLayout((t, h, w), patch, group)
+    (groups_t, groups_h, groups_w), (gt, gh, gw) = layout.groups, group
     pieces = (
-        video.unflatten(4, (groups_w, gw, p))
-        .unflatten(3, (groups_h, gh, p))
+        video.unflatten(4, (groups_w, gw, patch))
+        .unflatten(3, (groups_h, gh, patch))
         .unflatten(2, (groups_t, gt))
     )
-    batch, channels = video.shape[:2]
     return (
         pieces.permute(TO_TOKENS)
-        .reshape(batch, layout.num_groups, layout.group_tokens, channels * p * p)
+        .reshape(batch, layout.num_groups, layout.group_tokens, channels * patch**2)
         .contiguous()
     )
 
 
-def unpatchify(tokens: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
-    batch, channels = len(tokens), tokens.shape[-1] // layout.patch**2
+def unpatchify(
+    tokens: torch.Tensor, size: tuple[int, int, int], patch: int, group: tuple[int, int, int]
+) -> torch.Tensor:
+    layout = PatchLayout(size, patch, group)
+    batch, channels = len(tokens), tokens.shape[-1] // patch**2
     pieces = (
-        tokens.unflatten(3, (channels, layout.patch, layout.patch))
-        .unflatten(2, layout.group)
+        tokens.unflatten(3, (channels, patch, patch))
+        .unflatten(2, group)
         .unflatten(1, layout.groups)
     )
-    return pieces.permute(TO_VIDEO).reshape(batch, channels, *layout.size)
+    return pieces.permute(TO_VIDEO).reshape(batch, channels, *size)

@@ -4,17 +4,16 @@ Legend: B batch, C channels, T frames, H x W pixels, G groups, N patch tokens of
 P features of one patch (C * patch * patch).
 """
 
+from typing import Any
+
 import torch
 
-from snapkernels.dispatch import choose
-from snapkernels.ops.patch import eager, reference
-from snapkernels.ops.patch.layout import PatchLayout
-from snapkernels.validate import Arguments
-
-PATCHIFY = {"reference": reference.patchify, "eager": eager.patchify}
-UNPATCHIFY = {"reference": reference.unpatchify, "eager": eager.unpatchify}
+from snapkernels.library import define
+from snapkernels.ops.patch.spec import PATCHIFY, UNPATCHIFY
+from snapkernels.registry import public
 
 
+@public(PATCHIFY)
 def patchify(
     video: torch.Tensor,
     *,
@@ -32,7 +31,8 @@ def patchify(
             H by patch * group[1], W by patch * group[2].
         patch: side of a patch in pixels.
         group: patches of one group along (T, H, W).
-        backend: "eager" (default) or "reference".
+        backend: "cuda", "triton", "cpu", "eager" or "reference"; None takes the first that can run
+            this call.
 
     Returns:
         (B, G, N, C * patch * patch) tokens of the video's dtype, contiguous.
@@ -40,13 +40,10 @@ def patchify(
     Raises:
         ValueError: wrong rank, dtype, patch, group, indivisible size, or unknown backend.
     """
-    implementation = choose("patchify", PATCHIFY, backend)
-    args = Arguments("patchify")
-    args.bind("video", video, ("B", "C", "T", "H", "W"))
-    size = (args.sizes["T"], args.sizes["H"], args.sizes["W"])
-    return implementation(video, PatchLayout.checked(args, size, patch, group))
+    return _patchify(video, patch, group, backend)
 
 
+@public(UNPATCHIFY)
 def unpatchify(
     tokens: torch.Tensor,
     *,
@@ -68,14 +65,26 @@ def unpatchify(
     Raises:
         ValueError: wrong rank or dtype, indivisible size, or tokens that do not fill the size.
     """
-    implementation = choose("unpatchify", UNPATCHIFY, backend)
-    args = Arguments("unpatchify")
-    args.bind("tokens", tokens, ("B", "G", "N", "P"))
-    layout = PatchLayout.checked(args, size, patch, group)
-    args.divides("patch * patch", patch * patch, "tokens' last dimension P", args.sizes["P"])
-    if (args.sizes["G"], args.sizes["N"]) != (layout.num_groups, layout.group_tokens):
-        args.fail(
-            f"tokens of shape {tuple(tokens.shape)} do not fill size={tuple(size)}: "
-            f"G = {layout.num_groups} groups of N = {layout.group_tokens} patches are needed"
-        )
-    return implementation(tokens, layout)
+    return _unpatchify(tokens, size, patch, group, backend)
+
+
+def _keep_patchify(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    video, *ctx.call = inputs
+    ctx.size = video.shape[2:]
+
+
+def _patchify_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    patch, group, backend = ctx.call
+    return torch.ops.snapkernels.unpatchify(grad, ctx.size, patch, group, backend), None, None, None
+
+
+def _keep_unpatchify(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, _, *ctx.call = inputs
+
+
+def _unpatchify_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return torch.ops.snapkernels.patchify(grad, *ctx.call), None, None, None, None
+
+
+_patchify = define(PATCHIFY, _keep_patchify, _patchify_backward)
+_unpatchify = define(UNPATCHIFY, _keep_unpatchify, _unpatchify_backward)

@@ -9,14 +9,18 @@ import torch
 from snapkernels.ops.patch.layout import PatchLayout
 
 
-def patchify(video: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
-    return video.flatten(1)[:, _element_index(layout, video.shape[1], video.device)]
+def patchify(video: torch.Tensor, patch: int, group: tuple[int, int, int]) -> torch.Tensor:
+    _, channels, t, h, w = video.shape
+    layout = PatchLayout((t, h, w), patch, group)
+    return video.flatten(1)[:, _element_index(layout, channels, video.device)]
 
 
-def unpatchify(tokens: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
-    channels = tokens.shape[-1] // layout.patch**2
-    index = _element_index(layout, channels, tokens.device)
-    video = tokens.new_zeros(len(tokens), channels, *layout.size)
+def unpatchify(
+    tokens: torch.Tensor, size: tuple[int, int, int], patch: int, group: tuple[int, int, int]
+) -> torch.Tensor:
+    channels = tokens.shape[-1] // patch**2
+    index = _element_index(PatchLayout(size, patch, group), channels, tokens.device)
+    video = tokens.new_zeros(len(tokens), channels, *size)
     return video.flatten(1).index_copy(1, index.flatten(), tokens.flatten(1)).view_as(video)
 
 

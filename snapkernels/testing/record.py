@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from snapkernels import env
+
 SCHEMA = 1
 SOURCE = (".py", ".cu", ".cuh", ".cpp", ".h")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "bench" / "records"
 
 FIELDS = ("schema", "commit", "dirty", "taken", "command", "device", "versions", "ceilings", "rows")
@@ -71,8 +73,13 @@ def write(record: dict[str, Any], path: Path) -> None:
     """
     if wrong := problems(record):
         raise ValueError(f"{path}: {'; '.join(wrong)}")
+    replace_file(path, json.dumps(record, indent=1) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)
 
 
@@ -88,10 +95,12 @@ def commit() -> tuple[str, bool]:
     A clean tree copied without its history names its commit in SNAPKERNELS_COMMIT.
     """
     try:
+        if _git("rev-parse", "--show-prefix"):
+            raise OSError(f"{ROOT} lies in some other repository")
         head = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=all").splitlines()
     except (OSError, subprocess.CalledProcessError):
-        named = os.environ.get("SNAPKERNELS_COMMIT")
+        named = env.commit()
         return named or "unknown", not named
     return head, any(not c.startswith("??") or c.endswith(SOURCE) for c in changes)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from record import query_gpu
+
+from snapkernels.testing.record import query_gpu
 
 FIELDS = {"sm_clock_mhz": "clocks.sm", "power_w": "power.draw"}
 INTERVAL_S = 1.0  # a query may hold up the launches of a program that waits for its host

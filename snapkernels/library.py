@@ -1,0 +1,75 @@
+"""Ops that PyTorch knows: schema, fake and autograd of a spec, under torch.ops.snapkernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from snapkernels.dispatch import choose, implementation
+from snapkernels.spec import Spec
+
+_LIBRARY = torch.library.Library("snapkernels", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_MOST_PASSED = 256  # calls remembered of one op
+_SCHEMA_TYPES = {"int": "int", "int[3]": "int[]", "probability": "float", "float": "float"}
+
+
+def define(
+    spec: Spec,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., torch.Tensor]:
+    """Register the op of `spec`; returns what a public function calls: (tensor, *options, backend).
+
+    That checks the call against the spec (what passed once is remembered) and enters the op. The
+    registered op does not check; it chooses its backend when it runs, not when it is traced.
+
+    A small call costs its host time, so two detours of 3 us each are cut: `custom_op`, which wraps
+    every call once more, and the op's Python autograd kernel where nothing needs a gradient.
+
+    Args:
+        spec: of an op of one tensor.
+        setup_context, backward: as `torch.library.register_autograd` takes them.
+    """
+    (tensor_name,) = spec.inputs
+    count = 1 + len(spec.options)
+    options = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in spec.options.items())
+    name = f"snapkernels::{spec.name}"
+    _LIBRARY.define(f"{spec.name}(Tensor {tensor_name}, {options}, str? backend=None) -> Tensor")
+
+    def run(*values: Any) -> torch.Tensor:
+        # The dispatcher leaves out a trailing argument that equals its default.
+        call, (backend,) = (values, (None,)) if len(values) == count else (values[:-1], values[-1:])
+        return implementation(choose(spec, backend, call))(*call)
+
+    def fake(*values: Any) -> torch.Tensor:
+        sizes = spec.check(*values[:count])
+        return values[0].new_empty([sizes[dim] for dim in spec.output.dims])
+
+    _LIBRARY.impl(spec.name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+    op = getattr(torch.ops.snapkernels, spec.name).default
+    passed: set[tuple[Any, ...]] = set()
+
+    def enter(tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+            spec.check(tensor, *rest[:-1])
+            return op(tensor, *rest)
+        key = (tensor.shape, tensor.dtype, rest, *map(type, rest))
+        try:
+            known = key in passed
+        except TypeError:  # a list among the options has no hash
+            spec.check(tensor, *rest[:-1])
+            return op(tensor, *rest)
+        if not known:
+            spec.check(tensor, *rest[:-1])
+            if len(passed) == _MOST_PASSED:
+                passed.clear()
+            passed.add(key)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return op(tensor, *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(tensor, *rest)
+
+    return enter

@@ -1,0 +1,180 @@
+"""Triton kernels compiled ahead of time, without a GPU, exactly as a case would launch them.
+
+A backend is called on tensors without data while launches are recorded instead of made; each is
+then compiled for a GPU that need not be there, and its machine code is read with the tools that
+Triton brings. Needs TRITON_INTERPRET unset: `reports` runs this file as a program of its own.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from snapkernels.dispatch import implementation
+from snapkernels.registry import OPS
+from snapkernels.spec import Case, Spec
+from snapkernels.testing.cases import make_values
+
+# Compute capability: the most shared memory of a block, in bytes.
+TARGETS = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}
+TRITON_DTYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+
+
+class Report(NamedTuple):
+    """What the compiler made of one launch: bytes of shared memory, registers, machine code."""
+
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    instructions: list[str]
+
+
+@cache
+def reports() -> dict[str, list[Report]]:
+    """{"<op> <case> <dtype> <target>": a report of each launch} of every Triton case.
+
+    Paper cases are compiled for every target, the small ones of the cpu tier for the first.
+
+    Raises:
+        RuntimeError: the compiling program failed; the message is its last words.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "snapkernels.testing.aot"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    if done.returncode:
+        raise RuntimeError(f"ahead-of-time compilation failed: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout)
+    return {key: [Report(*fields) for fields in launches] for key, launches in found.items()}
+
+
+def cases(spec: Spec) -> list[Case]:
+    """The cases of `spec` that are compiled: all but those that only repeat another's kernel."""
+    return [case for case in spec.cases if case.tier != "gpu"]
+
+
+def targets(case: Case) -> tuple[str, ...]:
+    """What `case` is compiled for."""
+    return tuple(TARGETS)[: len(TARGETS) if case.tier == "paper" else 1]
+
+
+def key(op: str, case: str, dtype: torch.dtype, target: str) -> str:
+    """The key of a case in `reports`."""
+    return f"{op} {case} {dtype} {target}"
+
+
+def faults(launches: list[Report], target: str, wanted: tuple[str, ...]) -> list[str]:
+    """What is wrong with `launches`: spills, too much shared memory, no `wanted` instruction."""
+    found = [] if launches else ["nothing was launched"]
+    for report in launches:
+        if report.stack:
+            found.append(f"{report.kernel} spills {report.stack} bytes")
+        if report.shared > TARGETS[target]:
+            found.append(f"{report.kernel} needs {report.shared} bytes of shared memory")
+        for instruction in wanted:
+            if not any(instruction in one for one in report.instructions):
+                found.append(f"{report.kernel} has no {instruction}")
+    return found
+
+
+def _all_reports() -> dict[str, list[Report]]:
+    found = {}
+    for name, op in OPS.items():
+        backend = next((b for b in op.spec.backends if b.name == "triton"), None)
+        for case in cases(op.spec) if backend else []:
+            for dtype in case.dtypes:
+                values = make_values(op.spec, case, dtype, "meta")
+                launches = _launches(lambda v=values, b=backend: implementation(b)(*v))
+                for target in targets(case):
+                    found[key(name, case.name, dtype, target)] = [
+                        _compile(launch, target) for launch in launches
+                    ]
+    return found
+
+
+def _launches(call: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The (kernel, arguments, options) that `call` would launch."""
+    from triton.runtime.jit import JITFunction
+
+    found = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append((kernel, args, options))
+
+    launch, JITFunction.run = JITFunction.run, record
+    try:
+        call()
+    finally:
+        JITFunction.run = launch
+    return found
+
+
+def _compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], target: str) -> Report:
+    """Compile as Triton's own launch would: 1 is a constant, multiples of 16 are known to be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, options = launch
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TRITON_DTYPES[value.dtype]
+            attributes[index,] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value == 1:
+            signature[parameter.name] = "constexpr"
+            constants[index,] = value
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, GPUTarget("cuda", int(target[3:]), 32), options)
+    return _read(kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _read(kernel: str, cubin: bytes, shared: int) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = dump("--dump-resource-usage", path), dump("--dump-sass", path)
+    return Report(kernel, *resources(usage)[0], shared, sorted(set(_INSTRUCTION.findall(code))))
+
+
+def resources(usage: str) -> list[tuple[int, int]]:
+    """Registers and bytes of stack and local memory of every kernel of a resource dump."""
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    return [(int(registers), int(stack) + int(local)) for registers, stack, local in found]
+
+
+def dump(option: str, path: Path) -> str:
+    """What the cuobjdump of Triton's package says of a binary."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([program, option, path], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
+
+if __name__ == "__main__":
+    import snapkernels  # noqa: F401, the ops enter the registry
+
+    print(json.dumps(_all_reports()))

@@ -1,0 +1,204 @@
+"""Ops timed case by case: every backend that can run, eager PyTorch and a plain copy, side by side.
+
+Variants take turns in one process. Each has inputs and outputs of its own, several sets of them, so
+that what it reads has left the caches. On a GPU a sweep over the sets is replayed as a CUDA graph,
+which leaves the host out; what the host needs for a call is timed beside it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from snapkernels.dispatch import candidates, implementation
+from snapkernels.registry import Op
+from snapkernels.spec import Backend, Case
+from snapkernels.testing.cases import make_values, prepare
+from snapkernels.testing.cost import compulsory_bytes, floor_ms, flops
+from snapkernels.testing.proofs import gradients, short, values
+from snapkernels.testing.timing import Timing
+
+COLD_BYTES = {"cuda": 200_000_000, "cpu": 1}  # four times the L2 of an H100
+MOST_SETS = 48
+HOST_CALLS = 200
+
+
+class Variant(NamedTuple):
+    """One way to run a case: a name, and calls on sets of inputs of their own."""
+
+    name: str
+    calls: list[Callable[[], Any]]
+    gate: str
+
+
+def bench(
+    op: Op,
+    case: Case,
+    direction: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    ceilings: dict[str, float],
+    *,
+    rounds: int = 30,
+) -> list[dict[str, Any]]:
+    """Rows of a record, one a variant. A variant whose gate is red has its reason, and no time."""
+    spec = op.spec
+    moved = compulsory_bytes(spec, case, direction, dtype)
+    floor = floor_ms(spec, case, direction, dtype, ceilings)
+    # A backward runs on the stream of its forward, and a graph is recorded on none but a new one.
+    stream = torch.cuda.Stream() if device.type == "cuda" else None
+    with torch.cuda.stream(stream):
+        variants = list(_variants(op, case, direction, dtype, device, moved))
+    timings = _interleaved([v for v in variants if v.gate == "ok"], stream, rounds)
+    rows = []
+    for variant in variants:
+        row: dict[str, Any] = {
+            "case": spec.case_id(case, direction),
+            "variant": f"{variant.name}-{short(dtype)}",
+            "batch": case.sizes.get("B", 1),
+            "unit": "ms",
+            "better": "lower",
+            "gate": variant.gate,
+            "includes": "the op alone, cold caches"
+            + ", replayed in a CUDA graph" * (device.type == "cuda"),
+        }
+        if variant.gate == "ok":
+            timing = timings[variant.name]
+            row |= {
+                "value": timing.median,
+                "p20": timing.p20,
+                "p80": timing.p80,
+                "floor": floor,
+                "pct_of_floor": round(100 * floor / timing.median, 1),
+                "tflop": flops(spec, case, direction) / 1e12,
+                "bytes": moved,
+                "tb_s": round(moved / timing.median / 1e9, 4),
+            }
+            if "copy" in timings:
+                row["pct_of_copy"] = round(100 * timings["copy"].median / timing.median, 1)
+        rows.append(row)
+    return rows
+
+
+def overhead_us(op: Op, case: Case, backend: Backend, device: torch.device) -> dict[str, Timing]:
+    """Microseconds of host time of one call, without waiting for the device.
+
+    "call" is the public function, "backend" the function that it ends in; the difference of the two
+    in each round is "overhead": checks, schema, dispatch. "gradient" is a call that is to be
+    differentiated, "torch" PyTorch's own `zero_`, for scale.
+    """
+    dtype = case.dtypes[0]
+    call_values = make_values(op.spec, case, dtype, device)
+    leaf_values = make_values(op.spec, case, dtype, device)
+    leaf_values[0].requires_grad_()
+    run = implementation(backend)
+    keywords = dict(zip((*op.spec.inputs, *op.spec.options), call_values, strict=True))
+    of_leaf = dict(zip(keywords, leaf_values, strict=True))
+    scratch = torch.zeros(64, device=device)
+    timed: dict[str, Callable[[], Any]] = {
+        "call": lambda: op.function(**keywords, backend=backend.name),
+        "backend": lambda: run(*call_values),
+        "gradient": lambda: op.function(**of_leaf, backend=backend.name),
+        "torch": scratch.zero_,
+    }
+    samples: dict[str, list[float]] = {name: [] for name in (*timed, "overhead")}
+    for _ in range(30):
+        for name, function in timed.items():
+            samples[name].append(_host_us(function, device))
+        samples["overhead"].append(samples["call"][-1] - samples["backend"][-1])
+    return {name: Timing.of(found) for name, found in samples.items()}
+
+
+def _variants(
+    op: Op,
+    case: Case,
+    direction: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    moved: int,
+) -> Iterator[Variant]:
+    spec = op.spec
+    count = min(MOST_SETS, max(2, -(-COLD_BYTES[device.type] // moved)))
+    sets = [make_values(spec, case, dtype, device, seed=seed) for seed in range(count)]
+    prove = values if direction == "fwd" else gradients
+    for backend in candidates(spec, sets[0]):
+        if backend.name == "reference":
+            continue
+        gate = _gate(partial(prove, spec, case, backend, dtype))
+        calls = [prepare(op, one, direction, backend.name) for one in sets] if gate == "ok" else []
+        yield Variant(backend.name, calls, gate)
+    if spec.exact:
+        yield Variant("copy", [_copy(moved // 2, device) for _ in sets], "ok")
+
+
+def _gate(proof: Callable[[], None]) -> str:
+    try:
+        proof()
+    except AssertionError as error:
+        return str(error)
+    return "ok"
+
+
+def _copy(size: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _interleaved(
+    variants: list[Variant], stream: torch.cuda.Stream | None, rounds: int
+) -> dict[str, Timing]:
+    make = partial(_graph_sweep, stream) if stream else _plain_sweep
+    sweeps = {variant.name: make(variant.calls) for variant in variants}
+    samples: dict[str, list[float]] = {name: [] for name in sweeps}
+    for _ in range(rounds):
+        for name, sweep in sweeps.items():
+            samples[name].append(sweep())
+    return {name: Timing.of(found) for name, found in samples.items()}
+
+
+def _plain_sweep(calls: list[Callable[[], Any]]) -> Callable[[], float]:
+    def sweep() -> float:
+        start = time.perf_counter()
+        for one in calls:
+            one()
+        return (time.perf_counter() - start) * 1e3 / len(calls)
+
+    sweep()
+    return sweep
+
+
+def _graph_sweep(stream: torch.cuda.Stream, calls: list[Callable[[], Any]]) -> Callable[[], float]:
+    """A replay of all `calls`, timed by events; every call writes memory of its own."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for one in calls[:2]:
+            one()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = [one() for one in calls]
+    graph.replay()
+
+    def sweep() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / len(kept)
+
+    return sweep
+
+
+def _host_us(function: Callable[[], Any], device: torch.device) -> float:
+    function()
+    start = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        function()
+    spent = time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return spent / HOST_CALLS * 1e6

@@ -1,0 +1,100 @@
+"""A case of a spec as tensors and calls: what proofs, benches and profiles run."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from snapkernels.registry import OPS, Op
+from snapkernels.spec import Case, Fields, Spec
+from snapkernels.testing.inputs import random_weights
+
+DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
+
+
+def find(case_id: str) -> tuple[Op, Case, str]:
+    """The op, case and direction that an id such as "op/patchify/up-b1/fwd" names.
+
+    Raises:
+        ValueError: there is no such case; the message lists near ones.
+    """
+    for op in OPS.values():
+        for case in op.spec.cases:
+            for direction in DIRECTIONS:
+                if op.spec.case_id(case, direction) == case_id:
+                    return op, case, direction
+    parts = case_id.split("/")
+    near = [one for one in all_ids() if len(parts) > 1 and parts[1] in one.split("/")]
+    raise ValueError(f"no case is called {case_id!r}; there are {', '.join(near or OPS)}")
+
+
+def all_ids() -> Iterator[str]:
+    """Every case id, in its forward direction."""
+    for op in OPS.values():
+        for case in op.spec.cases:
+            yield op.spec.case_id(case, "fwd")
+
+
+def make_values(
+    spec: Spec, case: Case, dtype: torch.dtype, device: torch.device | str, *, seed: int = 0
+) -> tuple[Any, ...]:
+    """Random inputs of `case`, then its options, in the spec's order; a mask is half true.
+
+    On the device "meta" the tensors have shapes only.
+    """
+    generator = torch.Generator(device).manual_seed(seed) if str(device) != "meta" else None
+    values: list[Any] = []
+    for name, declared in spec.inputs.items():
+        if isinstance(declared, Fields):
+            values.append(
+                random_weights(
+                    declared.kind,
+                    declared.dims,
+                    case.sizes,
+                    dtype=dtype,
+                    device=device,
+                    generator=generator,
+                )
+            )
+            continue
+        if declared.optional and not case.options.get(name, False):
+            values.append(None)
+            continue
+        shape: list[int] = []
+        for dim in declared.dims:
+            shape += case.sizes[dim] if dim == "..." else [case.sizes[dim]]
+        drawn = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
+        random = torch.randn(shape, device=device, generator=generator, dtype=drawn)
+        values.append(random > 0 if declared.dtype == torch.bool else random.to(dtype))
+    return (*values, *(case.options[name] for name in spec.options))
+
+
+def leaves(spec: Spec, values: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The floating-point tensors among the inputs, those of named tuples one by one."""
+    found: list[torch.Tensor] = []
+    for value in values[: len(spec.inputs)]:
+        found += value if isinstance(value, tuple) else (value,)
+    return [one for one in found if one is not None and one.is_floating_point()]
+
+
+def call(op: Op, values: tuple[Any, ...], backend: str | None = None) -> torch.Tensor:
+    """Call the public function of `op` with `values`, inputs and options in the spec's order."""
+    names = (*op.spec.inputs, *op.spec.options)
+    return op.function(**dict(zip(names, values, strict=True)), backend=backend)
+
+
+def prepare(
+    op: Op, values: tuple[Any, ...], direction: str, backend: str | None
+) -> Callable[[], Any]:
+    """A call of `op` in `direction`, to be repeated: the forward, the backward, or both.
+
+    The backward alone runs on a forward made here, with a random gradient of the output.
+    """
+    if direction == "fwd":
+        return lambda: call(op, values, backend)
+    inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values)]
+    output = call(op, values, backend)
+    grad = torch.randn_like(output)
+    if direction == "bwd":
+        return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
+    return lambda: torch.autograd.grad(call(op, values, backend), inputs, grad)

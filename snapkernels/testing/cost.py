@@ -1,0 +1,53 @@
+"""What a case must cost at the least: bytes through memory, FLOPs, and the time both take."""
+
+import torch
+
+from snapkernels.spec import Case, Spec
+from snapkernels.testing.cases import leaves, make_values
+
+
+def compulsory_bytes(spec: Spec, case: Case, direction: str, dtype: torch.dtype) -> int:
+    """Bytes that `case` has to move, each tensor once.
+
+    Forward reads the inputs and writes the output. Backward reads the output's gradient and the
+    spec's `backward_reads`, and writes the gradients of the inputs. "fwd_bwd" is the sum.
+    """
+    values = make_values(spec, case, dtype, "meta")
+    inputs = dict(zip(spec.inputs, values, strict=False))
+    output = _output_bytes(spec, values, dtype)
+    forward = sum(map(_nbytes, inputs.values())) + output
+    backward = sum(_nbytes(inputs[name]) for name in spec.backward_reads)
+    backward += output + sum(map(_nbytes, leaves(spec, values)))
+    return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[direction]
+
+
+def flops(spec: Spec, case: Case, direction: str) -> int:
+    """FLOPs of `case`; a backward pass has twice those of the forward."""
+    sizes = spec.check(*make_values(spec, case, torch.float32, "meta"))
+    return spec.flops(sizes) * {"fwd": 1, "bwd": 2, "fwd_bwd": 3}[direction]
+
+
+def floor_ms(
+    spec: Spec, case: Case, direction: str, dtype: torch.dtype, ceilings: dict[str, float]
+) -> float:
+    """The least milliseconds of `case` where copies and matrix products reach `ceilings`.
+
+    `ceilings` are those of `snapkernels.roofline.measure_ceilings` for `dtype`.
+    """
+    matrix = next(rate for name, rate in ceilings.items() if name.endswith("_tflop_s"))
+    moving = compulsory_bytes(spec, case, direction, dtype) / ceilings["copy_tb_s"] / 1e9
+    return max(moving, flops(spec, case, direction) / matrix / 1e9)
+
+
+def _output_bytes(spec: Spec, values: tuple[object, ...], dtype: torch.dtype) -> int:
+    sizes = spec.check(*values)
+    count = 1
+    for dim in spec.output.dims:
+        count *= sizes[dim]
+    return count * dtype.itemsize
+
+
+def _nbytes(value: object) -> int:
+    if isinstance(value, tuple):
+        return sum(map(_nbytes, value))
+    return value.nbytes if isinstance(value, torch.Tensor) else 0

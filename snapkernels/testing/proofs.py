@@ -1,0 +1,251 @@
+"""What must hold of every op, generated from its spec: values, gradients, contract, machine code.
+
+`proofs` lists all of it, with what each proof needs that this machine may lack. The tests and
+`python -m snapkernels check` run the same list.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from snapkernels import env, extension
+from snapkernels.dispatch import implementation, triton_refuses
+from snapkernels.registry import OPS, Op
+from snapkernels.spec import Backend, Case, Mutant, Spec
+from snapkernels.testing import aot, contract
+from snapkernels.testing.cases import make_values
+from snapkernels.testing.memory import nan_filled
+from snapkernels.testing.mutants import planted
+from snapkernels.testing.numerics import relative_rms
+
+# Relative rms error of a sublayer's branch against float64: of eager PyTorch, which rounds every
+# intermediate once, by dtype. Another backend must also be no worse than eager on the same input.
+LIMITS = {
+    torch.bfloat16: 1.5e-2,
+    torch.float16: 2e-3,
+    torch.float32: 2e-6,
+    torch.float64: 1e-13,
+}
+GRADIENT_SLACK = 4  # a gradient sums more roundings than the branch: eager bf16 reaches 3.5e-2
+
+
+class Proof(NamedTuple):
+    """One thing that must hold.
+
+    Attributes:
+        id: the case, and what of it is proved by which backend in which dtype.
+        lacks: what this machine does not have that the proof needs, or None.
+        run: raises AssertionError if it does not hold.
+        on_gpu: whether it runs on the GPU of this machine.
+    """
+
+    id: str
+    lacks: str | None
+    run: Callable[[], None]
+    on_gpu: bool = False
+
+
+def proofs() -> Iterator[Proof]:
+    """Every proof of every op, those that cannot run here included."""
+    yield Proof("csrc library", _no_library(), library)
+    for op in OPS.values():
+        for case in op.spec.cases:
+            for backend in op.spec.backends[:-1]:  # the last is the reference
+                if backend.name == "cpu" and case.tier != "cpu":
+                    continue
+                for dtype in case.dtypes:
+                    yield from _of_a_case(op, case, backend, dtype)
+        for mutant in op.spec.mutants:
+            backend = op.spec.backend(mutant.backend)
+            yield Proof(
+                f"{op.spec.kind}/{op.spec.name} mutant {mutant.backend}: {mutant.name}",
+                _lacks(backend, "cpu"),
+                partial(mutant_is_seen, op, mutant),
+                _device(backend) == "cuda",
+            )
+        if any(backend.name == "triton" for backend in op.spec.backends):
+            yield from _of_machine_code(op.spec)
+        for device in ("cpu", "cuda"):
+            lacks = "an NVIDIA GPU" if device == "cuda" and not torch.cuda.is_available() else None
+            for name, check in contract.CHECKS.items():
+                proof = f"{op.spec.kind}/{op.spec.name} {name} on {device}"
+                yield Proof(proof, lacks, partial(check, op, device), device == "cuda")
+
+
+def _of_a_case(op: Op, case: Case, backend: Backend, dtype: torch.dtype) -> Iterator[Proof]:
+    lacks = _lacks(backend, case.tier)
+    for direction, prove in (("fwd", values), ("bwd", gradients)):
+        # A backward is the same kernels at every size: one dtype of the large cases is enough.
+        if direction == "fwd" or case.tier == "cpu" or dtype == case.dtypes[0]:
+            name = f"{op.spec.case_id(case, direction)} {backend.name} {short(dtype)}"
+            run = partial(prove, op.spec, case, backend, dtype)
+            yield Proof(name, lacks, run, _device(backend) == "cuda")
+
+
+def _of_machine_code(spec: Spec) -> Iterator[Proof]:
+    lacks = triton_refuses(torch.empty(0)) if not env.INTERPRET else None
+    lacks = "the package triton is not installed" if lacks and "installed" in lacks else None
+    for case in aot.cases(spec):
+        for dtype in case.dtypes:
+            for target in aot.targets(case):
+                name = f"{spec.case_id(case, 'fwd')} triton {short(dtype)} code {target}"
+                yield Proof(name, lacks, partial(machine_code, spec, case, dtype, target))
+
+
+def _device(backend: Backend) -> str:
+    return "cuda" if torch.cuda.is_available() and backend.name != "cpu" else "cpu"
+
+
+def _lacks(backend: Backend, tier: str) -> str | None:
+    if _device(backend) == "cuda":
+        return extension.load() if backend.name == "cuda" else None
+    if tier != "cpu" or backend.name == "cuda":
+        return "an NVIDIA GPU"
+    return triton_refuses(torch.empty(0)) if backend.name == "triton" else None
+
+
+def values(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
+    """The result is right, the same twice, and whole although memory was full of NaN."""
+    call = make_values(spec, case, dtype, _device(backend))
+    if reason := backend.refuses(*call):
+        contract.named_backend_raises(spec, backend, call, reason)
+        return
+    run = implementation(backend)
+    with torch.no_grad(), nan_filled():
+        once, twice = run(*call), run(*call)
+        judge(spec, case, backend, dtype, call, once)
+    assert same_bits(once, twice), "two runs on the same input differ"
+
+
+def judge(
+    spec: Spec,
+    case: Case,
+    backend: Backend,
+    dtype: torch.dtype,
+    call: tuple[Any, ...],
+    result: torch.Tensor,
+) -> None:
+    """Hold `result` of `call` against the reference: bit for bit, or by the error of its branch."""
+    if spec.exact:
+        assert same_bits(result, spec.reference(*call)), "not the reference, bit for bit"
+        return
+    exact = spec.reference(*widened(call))
+    error = _branch_error(spec, call, result, exact)
+    limit = LIMITS[dtype]
+    if backend.name != "eager":
+        eager = implementation(spec.backend("eager"))(*call)
+        limit = min(limit, _branch_error(spec, call, eager, exact))
+    assert error <= limit, f"relative rms error of the branch {error:.2e}, limit {limit:.2e}"
+
+
+def gradients(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
+    """The gradients of every input are those of the reference."""
+    call = make_values(spec, case, dtype, _device(backend))
+    if reason := backend.refuses(*call):
+        contract.named_backend_raises(spec, backend, call, reason)
+        return
+    with nan_filled():
+        actual = contract.gradients_of(OPS[spec.name], call, backend.name)
+    wide = call if spec.exact else widened(call)
+    expected = contract.gradients_of(OPS[spec.name], wide, "reference")
+    if spec.exact:
+        wrong = [not same_bits(one, other) for one, other in zip(actual, expected, strict=True)]
+        assert not any(wrong), f"gradients {wrong} are not the reference's, bit for bit"
+        return
+    limits = [GRADIENT_SLACK * LIMITS[dtype]] * len(actual)
+    if backend.name != "eager":
+        eager = contract.gradients_of(OPS[spec.name], call, "eager")
+        limits = list(map(min, limits, _gradient_errors(eager, expected)))
+    errors = _gradient_errors(actual, expected)
+    bad = [(i, e, x) for i, (e, x) in enumerate(zip(errors, limits, strict=True)) if not e <= x]
+    assert not bad, f"(gradient, relative rms error, limit): {bad}"
+
+
+def _gradient_errors(
+    actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]
+) -> list[float]:
+    """Of each gradient, over its own rms or, if that is more, a tenth of the largest's.
+
+    A key bias adds one number to all scores of a query, so its exact gradient is zero.
+    """
+    scales = [other.square().mean().sqrt() for other in expected]
+    least = max(scales) / 10
+    errors = [
+        (one.double() - other).square().mean().sqrt() / torch.maximum(scale, least)
+        for one, other, scale in zip(actual, expected, scales, strict=True)
+    ]
+    return [error.item() if error.isfinite() else float("inf") for error in errors]
+
+
+def mutant_is_seen(op: Op, mutant: Mutant) -> None:
+    """Some small case's values are judged wrong when the bug is in."""
+    spec = op.spec
+    with planted(spec, mutant) as backend:
+        for case in spec.cases:
+            if case.tier == "cpu" and torch.float32 in case.dtypes:
+                try:
+                    values(spec, case, backend, torch.float32)
+                except AssertionError:
+                    return
+    raise AssertionError(f"no case of {spec.name} sees the bug: {mutant.name}")
+
+
+def machine_code(spec: Spec, case: Case, dtype: torch.dtype, target: str) -> None:
+    """The Triton kernels of `case`, compiled for `target`, spill nothing and have their loads."""
+    wanted = spec.sass.get(target, ()) if case.tier == "paper" else ()
+    launches = aot.reports()[aot.key(spec.name, case.name, dtype, target)]
+    found = aot.faults(launches, target, wanted)
+    assert not found, "; ".join(found)
+
+
+def library() -> None:
+    """The CUDA library loads, has its schemas, and no kernel of it spills."""
+    assert extension.load() is None, extension.load()
+    for name, op in OPS.items():
+        if any(backend.name == "cuda" for backend in op.spec.backends):
+            assert hasattr(torch.ops.snapkernels_cuda, name), f"no schema of {name}"
+    usage = aot.resources(aot.dump("--dump-resource-usage", extension.LIBRARY))
+    assert usage, "the library holds no machine code"
+    assert not any(stack for _, stack in usage), f"a kernel spills: (registers, bytes) {usage}"
+
+
+def _no_library() -> str | None:
+    return None if extension.LIBRARY.is_file() else "the CUDA library (nvcc builds it: make ext)"
+
+
+def widened(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`call` with its floating-point tensors in float64."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.detach().double()
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(wide, value))
+        return value
+
+    return tuple(map(wide, call))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shapes and bits: NaN is itself, and 0 is not -0."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+    )
+
+
+def short(dtype: torch.dtype) -> str:
+    """ "bf16" of torch.bfloat16."""
+    return {2: "bf16" if dtype == torch.bfloat16 else "fp16", 4: "fp32", 8: "fp64"}[dtype.itemsize]
+
+
+def _branch_error(
+    spec: Spec, call: tuple[Any, ...], result: torch.Tensor, exact: torch.Tensor
+) -> float:
+    assert spec.residual is not None
+    residual = call[list(spec.inputs).index(spec.residual)].double()
+    return relative_rms(result.double() - residual, exact - residual)

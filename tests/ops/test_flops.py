@@ -1,0 +1,42 @@
+"""The paper-tier cases have the model's sizes, and their specs count its work."""
+
+import pytest
+import torch
+
+import snapkernels  # noqa: F401  (enters the ops)
+from snapkernels.registry import op
+from snapkernels.testing.cases import make_values
+from snapvideo_core.config import PRESETS
+from snapvideo_core.flops import forward_flops
+
+READ, WRITE, READ_FF, WRITE_FF = ("read",), ("write",), ("read FF",), ("write FF",)
+GLOBAL = ("global: qkvo", "global: attention")
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "preset", "batch", "parts"),
+    [
+        ("group_read", "up", "3.9b-up", 1, READ),
+        ("group_read", "3.9b-b16", "3.9b", 16, READ),
+        ("group_read", "500m-b64", "500m", 64, READ),
+        ("group_write", "up", "3.9b-up", 1, WRITE),
+        ("group_write", "3.9b-b16", "3.9b", 16, WRITE),
+        ("group_write", "500m-b64", "500m", 64, WRITE),
+        ("latent_attention", "3.9b", "3.9b", 16, GLOBAL),
+        ("latent_attention", "up", "3.9b-up", 1, GLOBAL),
+        ("latent_attention", "500m-b64", "500m", 64, GLOBAL),
+        ("feed_forward", "patch-up", "3.9b-up", 1, WRITE_FF),
+        ("feed_forward", "3.9b", "3.9b", 16, READ_FF),
+        ("feed_forward", "500m-b64", "500m", 64, READ_FF),
+    ],
+)
+def test_a_case_is_that_part_of_the_model(name, case, preset, batch, parts):
+    spec, config = op(name).spec, PRESETS[preset]
+    (found,) = [one for one in spec.cases if one.name == case]
+    sizes = spec.check(*make_values(spec, found, torch.bfloat16, "meta"))
+    layers = config.blocks * (config.global_layers if parts is GLOBAL else 1)
+    counted = forward_flops(config)
+    assert layers * spec.flops(sizes) == batch * sum(counted[part] for part in parts)
+    if heads := found.options.get("num_heads"):
+        head_dim = config.latent_head_dim if parts is GLOBAL else config.patch_head_dim
+        assert sizes["I"] == heads * head_dim

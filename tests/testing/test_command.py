@@ -1,0 +1,126 @@
+"""python -m snapkernels: list, explain, check, bench."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from snapkernels import __main__ as command
+from snapkernels import env
+from snapkernels.testing import record, stamp
+from snapkernels.testing.proofs import Proof
+
+
+def test_list_names_everything(capsys):
+    assert command.main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("group_write", "op/patchify/up-b1/fwd", "seeded bugs", *env.VARIABLES):
+        assert name in out
+
+
+def test_explain_a_case(capsys):
+    assert command.main(["explain", "op/patchify/up-b1/fwd"]) == 0
+    assert "fwd in bf16: 0 GFLOP, 28.31 MB" in capsys.readouterr().out
+    assert command.main(["explain", "op/patchify/gone/fwd"]) == 2
+    assert "no case is called 'op/patchify/gone/fwd'" in capsys.readouterr().err
+
+
+def test_check_in_a_process_of_its_own_interprets_triton(tmp_path):
+    """Without a GPU it starts itself again with the interpreter on, and keeps a stamp."""
+    target = tmp_path / "stamp.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "snapkernels",
+            "check",
+            "--only",
+            "ify/tail",
+            "--stamp",
+            target,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=record.ROOT,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failed" in done.stdout
+    written = json.loads(target.read_text())
+    assert written["failed"] == written["error"] == 0 < written["passed"]
+    if not torch.cuda.is_available():
+        assert "not run: this machine lacks an NVIDIA GPU" in done.stdout
+        assert written["not_run"]["an NVIDIA GPU"] > 0
+
+
+def red():
+    raise AssertionError("not what the reference says")
+
+
+def broken():
+    raise RuntimeError("illegal memory access")
+
+
+def test_check_says_what_is_red_and_what_was_not_run(monkeypatch, capsys):
+    listed = [
+        Proof("op/a fine", None, lambda: None),
+        Proof("op/a wrong", None, red),
+        Proof("op/a broken", None, broken),
+        Proof("op/a mutant eager: bug", None, lambda: None),
+        Proof("op/a elsewhere", "a machine from the future", red),
+    ]
+    monkeypatch.setattr(command.proofs, "proofs", lambda: iter(listed))
+    monkeypatch.setattr(env, "INTERPRET", True)
+    assert command.main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert "RED  op/a wrong: not what the reference says" in out
+    assert "RED  op/a broken: RuntimeError: illegal memory access" in out
+    assert "2 passed, 2 failed; seeded bugs among them: 1" in out
+    assert "1 not run: this machine lacks a machine from the future" in out
+    assert command.main(["check", "--only", "nothing like it"]) == 2
+    assert command.main(["check", "--stamp", "no/such/folder/s.json"]) == 2
+
+
+def test_bench_writes_a_record(tmp_path, capsys, monkeypatch):
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    monkeypatch.setattr(command.roofline, "measure_ceilings", lambda device: ceilings)
+    target = tmp_path / "record.json"
+    arguments = ["bench", "--case", "op/patchify/tail", "--rounds", "2", "--json", str(target)]
+    assert command.main(arguments) == 0
+    written = json.loads(target.read_text())
+    assert record.problems(written) == []
+    cases = {row["case"] for row in written["rows"]}
+    assert cases == {f"op/patchify/tail/{what}" for what in ("fwd", "bwd", "call")}
+    call = next(row for row in written["rows"] if row["case"].endswith("call"))
+    assert call["unit"] == "us" and call["host_us"]["call"] > call["host_us"]["backend"]
+    assert "% of a copy" in capsys.readouterr().out
+    assert command.main(["bench", "--case", "no such case"]) == 2
+
+
+@pytest.fixture
+def a_stamp(tmp_path, monkeypatch):
+    def write(commit):
+        monkeypatch.setattr(record, "commit", lambda: (commit, False))
+        stamp.write(tmp_path / "gpu.json", "gpu", {"passed": 3, "failed": 1}, {"a thing": 2})
+        return stamp.describe(tmp_path / "gpu.json")
+
+    return write
+
+
+def test_a_stamp_says_when_the_code_has_changed_since(a_stamp):
+    head = subprocess.run(
+        ["git", "-C", record.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    if not head:
+        pytest.skip("a tree without its git history")
+    first = subprocess.run(
+        ["git", "-C", record.ROOT, "rev-list", "--max-parents=0", "HEAD"],
+        capture_output=True,
+        text=True,
+    ).stdout.split()[0]
+    assert "3 passed, 1 failed" in a_stamp(head)
+    assert "STALE: the code has changed since" in a_stamp(first)
+    assert "its commit is not in this history" in a_stamp("0" * 40)

@@ -1,0 +1,163 @@
+"""The tools that proofs are made of: poisoned memory, planted bugs, cost, cases, machine code."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from snapkernels import dispatch, env
+from snapkernels.dispatch import choose, explain
+from snapkernels.registry import OPS, op
+from snapkernels.spec import Mutant
+from snapkernels.testing import aot, bench, cost, proofs
+from snapkernels.testing.cases import all_ids, find, make_values
+from snapkernels.testing.memory import nan_filled
+from snapkernels.testing.mutants import planted
+
+PATCHIFY = OPS["patchify"].spec
+CASES = {case.name: case for case in PATCHIFY.cases}
+CPU = torch.device("cpu")
+
+
+def test_new_memory_is_nan_inside_only():
+    with nan_filled():
+        assert torch.empty(1000).isnan().all()
+        assert torch.zeros(3).new_empty(7, 9, dtype=torch.bfloat16).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_values_see_what_was_never_written_and_what_changes_between_runs():
+    whole = PATCHIFY.backend("eager")
+
+    def torn(*call):
+        tokens = whole.run(*call)
+        out = torch.empty_like(tokens)
+        out[:, :-1] = tokens[:, :-1]
+        return out
+
+    for run in (torn, lambda *call: whole.run(*call) + torch.rand(())):
+        with pytest.raises(AssertionError):
+            broken = replace(whole, run=run)
+            proofs.values(PATCHIFY, CASES["odd"], broken, torch.float32)
+
+
+def test_a_mutant_that_no_case_sees_is_an_error():
+    harmless = Mutant(name="none", backend="eager", find="one view", replace="a view")
+    with pytest.raises(AssertionError, match="no case of patchify sees the bug: none"):
+        proofs.mutant_is_seen(OPS["patchify"], harmless)
+    gone = replace(harmless, find="no such line")
+    with pytest.raises(ValueError, match="'no such line' 0 times, not once"):
+        proofs.mutant_is_seen(OPS["patchify"], gone)
+    with planted(PATCHIFY, harmless) as backend:
+        call = make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu")
+        assert torch.equal(backend.run(*call), PATCHIFY.reference(*call))
+
+
+def test_compulsory_bytes_are_counted_by_hand():
+    pixels = 3 * 16 * 288 * 512
+    for direction, times in (("fwd", 2), ("bwd", 2), ("fwd_bwd", 4)):
+        got = cost.compulsory_bytes(PATCHIFY, CASES["up-b1"], direction, torch.bfloat16)
+        assert got == times * pixels * 2
+    ceilings = {"copy_tb_s": 3.0, "bf16_tflop_s": 700.0}
+    floor = cost.floor_ms(PATCHIFY, CASES["up-b1"], "fwd", torch.bfloat16, ceilings)
+    assert floor == pytest.approx(4 * pixels / 3e12 * 1e3)
+    ff = OPS["feed_forward"].spec
+    case = next(case for case in ff.cases if case.name == "patch-up")
+    tokens, weights = 147456 * 1024, 2 * 1024 * 4096 + 4096 + 3 * 1024
+    moved = cost.compulsory_bytes(ff, case, "fwd", torch.bfloat16)
+    assert moved == 2 * (2 * tokens + weights)
+    assert cost.flops(ff, case, "fwd") == 4 * tokens * 4096
+    assert cost.floor_ms(ff, case, "fwd", torch.bfloat16, ceilings) == pytest.approx(
+        4 * tokens * 4096 / 700e9
+    )
+
+
+def test_cases_are_found_by_their_ids():
+    found = [find(one)[0].spec.name for one in all_ids()]
+    assert set(found) == set(OPS)
+    assert find("op/patchify/up-b1/bwd")[1:] == (CASES["up-b1"], "bwd")
+    with pytest.raises(
+        ValueError, match="no case is called 'op/patchify/up-b9/fwd'; there are op/"
+    ):
+        find("op/patchify/up-b9/fwd")
+    with pytest.raises(ValueError, match="'patchfy' is not an op; there are feed_forward, "):
+        op("patchfy")
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    call = make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu")
+    assert choose(PATCHIFY, None, call).name == "cpu"
+    with pytest.raises(ValueError, match="backend='cuda' cannot run this call: CUDA kernels need"):
+        choose(PATCHIFY, "cuda", call)
+    monkeypatch.setitem(env.BACKENDS, "patchify", "eager")
+    assert choose(PATCHIFY, None, call).name == "eager"
+    assert choose(PATCHIFY, "reference", call).name == "reference"
+    assert "eager      runs (SNAPKERNELS_BACKEND)" in explain(PATCHIFY, *call)
+    monkeypatch.setitem(env.BACKENDS, "patchify", "cuda")
+    with pytest.raises(ValueError, match="backend='cuda' cannot run"):
+        choose(PATCHIFY, None, call)
+
+
+def test_explain_has_every_backend_its_reason_and_the_sizes(monkeypatch):
+    monkeypatch.setattr(env, "INTERPRET", False)
+    text = explain(PATCHIFY, *make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu"))
+    assert all(backend.name in text for backend in PATCHIFY.backends)
+    assert "cpu        runs" in text and "G = 24" in text
+    assert "triton     cannot: Triton kernels need a CUDA tensor" in text
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(env, "INTERPRET", True)
+    text = explain(PATCHIFY, *make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu"))
+    assert "triton     cannot: the package triton is not installed" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("patchify=cpu, unpatchify=eager,", {"patchify": "cpu", "unpatchify": "eager"}),
+    ],
+)
+def test_backends_are_read_from_the_environment(text, expected):
+    assert env.read_backends(text) == expected
+
+
+@pytest.mark.parametrize("text", ["patchify", "=eager", "patchify=", "a=b=c"])
+def test_another_form_is_refused(text):
+    with pytest.raises(ValueError, match=r"SNAPKERNELS_BACKEND: .* is not op=backend"):
+        env.read_backends(text)
+
+
+def test_machine_code_faults_are_named():
+    good = aot.Report("k", 40, 0, 8192, ["LDG.E.128", "STG.E.128"])
+    assert aot.faults([good], "sm_90", ("LDG.E.128",)) == []
+    spills = aot.faults([good._replace(stack=8)], "sm_90", ())
+    assert spills == ["k spills 8 bytes"]
+    shared = aot.faults([good._replace(shared=200_000)], "sm_80", ())
+    assert shared == ["k needs 200000 bytes of shared memory"]
+    assert aot.faults([good], "sm_90", ("HGMMA",)) == ["k has no HGMMA"]
+    assert aot.faults([], "sm_90", ()) == ["nothing was launched"]
+
+
+def test_bench_rows_are_gated_and_in_form():
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    rows = bench.bench(
+        OPS["patchify"], CASES["tail"], "fwd", torch.float32, CPU, ceilings, rounds=3
+    )
+    assert [row["variant"] for row in rows] == ["cpu-fp32", "eager-fp32", "copy-fp32"]
+    for row in rows:
+        assert row["gate"] == "ok" and 0 < row["p20"] <= row["value"] <= row["p80"]
+        assert row["bytes"] == 2 * 4 * 3 * 2 * 8 * 24
+    assert rows[-1]["pct_of_copy"] == 100
+
+
+def test_a_wrong_backend_is_not_timed(monkeypatch):
+    def red(*_):
+        raise AssertionError("wrong on purpose")
+
+    monkeypatch.setattr(bench, "values", red)
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    rows = bench.bench(
+        OPS["patchify"], CASES["tail"], "fwd", torch.float32, CPU, ceilings, rounds=3
+    )
+    assert [row["gate"] for row in rows] == ["wrong on purpose", "wrong on purpose", "ok"]
+    assert all("value" not in row for row in rows[:2])
