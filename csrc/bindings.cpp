@@ -71,16 +71,16 @@ snapkernels::PatchGeometry geometry(const char* op, const Tensor& video, const T
 }
 
 void patchify(Tensor video, Tensor tokens, int64_t patch, std::vector<int64_t> group) {
-  const auto at = geometry("patchify", video, tokens, patch, group);
   if (video.numel() == 0) return;
+  const auto at = geometry("patchify", video, tokens, patch, group);
   const torch::stable::accelerator::DeviceGuard guard(video.get_device_index());
   check_launch("patchify", snapkernels::patchify(video.data_ptr(), tokens.data_ptr(), at,
                                                  current_stream(video)));
 }
 
 void unpatchify(Tensor tokens, Tensor video, int64_t patch, std::vector<int64_t> group) {
-  const auto at = geometry("unpatchify", video, tokens, patch, group);
   if (video.numel() == 0) return;
+  const auto at = geometry("unpatchify", video, tokens, patch, group);
   const torch::stable::accelerator::DeviceGuard guard(video.get_device_index());
   check_launch("unpatchify", snapkernels::unpatchify(tokens.data_ptr(), video.data_ptr(), at,
                                                      current_stream(video)));

@@ -11,19 +11,23 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from snapkernels import dispatch, env, roofline
-from snapkernels.registry import OPS
+from snapkernels import dispatch, env, registry, roofline
+from snapkernels.registry import OPS, Op
+from snapkernels.spec import Backend, Case
 from snapkernels.testing import bench, cases, cost, proofs, record, stamp
 from snapkernels.testing.load import Load
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 if all is well, 1 if something is red, 2 for a wrong call."""
+    """Run a command; 0 if all is well, 1 if something is red or nothing ran, 2 if called wrong."""
     args = _parser().parse_args(arguments)
     try:
+        for name, backend in env.BACKENDS.items():
+            registry.op(name).spec.backend(backend)
         return args.run(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -68,6 +72,7 @@ def _check(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
+    mutants = 0
     for proof in chosen:
         if proof.lacks:
             lacking[proof.lacks] += 1
@@ -75,20 +80,20 @@ def _check(args: argparse.Namespace) -> int:
         try:
             proof.run()
             counts["passed"] += 1
+            mutants += " mutant " in proof.id
         except AssertionError as error:
             counts["failed"] += 1
             print(f"RED  {proof.id}: {error}", flush=True)
         except Exception as error:
             counts["error"] += 1
             print(f"RED  {proof.id}: {type(error).__name__}: {error}", flush=True)
-    mutants = sum(" mutant " in proof.id for proof in chosen if not proof.lacks)
     red = counts["failed"] + counts["error"]
     print(f"{counts['passed']} passed, {red} failed; seeded bugs among them: {mutants}")
     print("\n".join(stamp.ledger(dict(lacking))))
     if args.stamp:
         tier = "check" + f" --only {args.only}" * bool(args.only)
         stamp.write(args.stamp, tier, counts, dict(lacking))
-    return int(red > 0)
+    return int(red > 0 or not counts["passed"])
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -118,7 +123,7 @@ def _bench(args: argparse.Namespace) -> int:
                     rows += found
                     for row in found:
                         print(_line(row), flush=True)
-            if not hasattr(torch.ops.snapkernels, op.spec.name):
+            if not hasattr(torch.ops.snapkernels, op.spec.name) or rows[-1]["gate"] != "ok":
                 continue
             values = cases.make_values(op.spec, case, case.dtypes[0], device)
             backend = dispatch.choose(op.spec, None, values)
@@ -130,7 +135,7 @@ def _bench(args: argparse.Namespace) -> int:
     return int(any(row["gate"] != "ok" for row in rows))
 
 
-def _overhead_row(op, case, backend, device):  # type: ignore[no-untyped-def]
+def _overhead_row(op: Op, case: Case, backend: Backend, device: torch.device) -> dict[str, Any]:
     timings = bench.overhead_us(op, case, backend, device)
     overhead = timings.pop("overhead")
     return {
@@ -151,7 +156,7 @@ def _overhead_row(op, case, backend, device):  # type: ignore[no-untyped-def]
     }
 
 
-def _line(row: dict) -> str:
+def _line(row: dict[str, Any]) -> str:
     start = f"{row['case']:<36} {row['variant']:<14}"
     if row["gate"] != "ok":
         return f"{start} no figure: {row['gate']}"
@@ -170,8 +175,14 @@ def _device() -> torch.device:
 
 
 def _refuse_missing_folder(path: Path | None) -> None:
-    if path and not path.resolve().parent.is_dir():
-        raise ValueError(f"{path}: its folder does not exist")
+    if path and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise ValueError(f"{path}: it must be a file in a folder that exists")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.set_defaults(run=_check)
     timing = commands.add_parser("bench", help="time cases")
     timing.add_argument("--case", default="", help="cases with this in their name")
-    timing.add_argument("--rounds", type=int, default=30, help="samples of each variant (30)")
+    timing.add_argument("--rounds", type=_positive, default=30, help="samples of each variant (30)")
     timing.add_argument("--json", type=Path, help="write the figures as a record to this file")
     timing.set_defaults(run=_bench)
     return parser

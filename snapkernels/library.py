@@ -4,14 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from snapkernels.dispatch import choose, implementation
 from snapkernels.spec import Spec
 
 _LIBRARY = torch.library.Library("snapkernels", "FRAGMENT")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_in_a_transform = torch._C._functorch.peek_interpreter_stack  # None outside vmap and its like
 _MOST_PASSED = 256  # calls remembered of one op
-_SCHEMA_TYPES = {"int": "int", "int[3]": "int[]", "probability": "float", "float": "float"}
+_SCHEMA_TYPES = {"int": "SymInt", "int[3]": "SymInt[]", "probability": "float", "float": "float"}
 
 
 def define(
@@ -52,22 +54,30 @@ def define(
     op = getattr(torch.ops.snapkernels, spec.name).default
     passed: set[tuple[Any, ...]] = set()
 
+    def check(*values: Any) -> None:
+        *call, backend = values
+        spec.check(*call)
+        if backend is not None:
+            spec.backend(backend)
+
     def enter(tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
         if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
-            spec.check(tensor, *rest[:-1])
+            check(tensor, *rest)
             return op(tensor, *rest)
         key = (tensor.shape, tensor.dtype, rest, *map(type, rest))
         try:
             known = key in passed
         except TypeError:  # a list among the options has no hash
-            spec.check(tensor, *rest[:-1])
+            check(tensor, *rest)
             return op(tensor, *rest)
         if not known:
-            spec.check(tensor, *rest[:-1])
+            check(tensor, *rest)
             if len(passed) == _MOST_PASSED:
                 passed.clear()
             passed.add(key)
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if forward_ad._current_level >= 0:  # PyTorch would leave the tangent out and say nothing
+            raise NotImplementedError(f"{spec.name} has no forward-mode derivative")
+        if (tensor.requires_grad and torch.is_grad_enabled()) or _in_a_transform() is not None:
             return op(tensor, *rest)
         with torch._C._AutoDispatchBelowAutograd():
             return op(tensor, *rest)

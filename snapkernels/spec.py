@@ -86,12 +86,16 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """A seeded bug: the source of `backend` with `find`, which it has once, replaced."""
+    """A seeded bug: the source of `backend` with `find`, which it has once, replaced.
+
+    The source is the module of the backend's function or, for a compiled one, `file` in csrc.
+    """
 
     name: str
     backend: str
     find: str
     replace: str
+    file: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+_INTS = (int, torch.SymInt)  # of a call that is traced with dynamic shapes
+
 
 class Rule(NamedTuple):
     """One rule between sizes: [name =] product of `over` [/ product of `under`]."""
@@ -100,18 +102,18 @@ class Arguments:
 
     def count(self, name: str, value: Any) -> None:
         """Check that `value` is a positive int and remember it as a size."""
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, _INTS) or value < 1:
             self.fail(f"{name} must be a positive int, got {value!r}")
-        self.sizes[name] = value
+        self.sizes[name] = value  # type: ignore[assignment]
 
     def three(self, name: str, value: Any) -> None:
         """Check that `value` is three positive ints (T, H, W); they become name[0] to name[2]."""
         if not isinstance(value, tuple | list) or len(value) != 3:
             self.fail(f"{name} must be three positive ints (T, H, W), got {value!r}")
         for index, part in enumerate(value):
-            if not isinstance(part, int) or part < 1:
+            if not isinstance(part, _INTS) or part < 1:
                 self.fail(f"{name} must be three positive ints (T, H, W), got {value!r}")
-            self.sizes[f"{name}[{index}]"] = part
+            self.sizes[f"{name}[{index}]"] = part  # type: ignore[assignment]
 
     def probability(self, name: str, value: Any) -> None:
         """Check that `value` is in [0, 1)."""

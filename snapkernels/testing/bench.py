@@ -61,8 +61,7 @@ def bench(
             "unit": "ms",
             "better": "lower",
             "gate": variant.gate,
-            "includes": "the op alone, cold caches"
-            + ", replayed in a CUDA graph" * (device.type == "cuda"),
+            "includes": _included(device, moved),
         }
         if variant.gate == "ok":
             timing = timings[variant.name]
@@ -83,11 +82,11 @@ def bench(
 
 
 def overhead_us(op: Op, case: Case, backend: Backend, device: torch.device) -> dict[str, Timing]:
-    """Microseconds of host time of one call, without waiting for the device.
+    """Microseconds of host time of one call at a size seen before, not waiting for the device.
 
-    "call" is the public function, "backend" the function that it ends in; the difference of the two
-    in each round is "overhead": checks, schema, dispatch. "gradient" is a call that is to be
-    differentiated, "torch" PyTorch's own `zero_`, for scale.
+    "call" is the public function with no backend named, "backend" the function that it ends in; the
+    difference of the two in each round is "overhead": checks, schema, dispatch. "gradient" is a
+    call that is to be differentiated, "torch" PyTorch's own `zero_`, for scale.
     """
     dtype = case.dtypes[0]
     call_values = make_values(op.spec, case, dtype, device)
@@ -98,9 +97,9 @@ def overhead_us(op: Op, case: Case, backend: Backend, device: torch.device) -> d
     of_leaf = dict(zip(keywords, leaf_values, strict=True))
     scratch = torch.zeros(64, device=device)
     timed: dict[str, Callable[[], Any]] = {
-        "call": lambda: op.function(**keywords, backend=backend.name),
+        "call": lambda: op.function(**keywords),
         "backend": lambda: run(*call_values),
-        "gradient": lambda: op.function(**of_leaf, backend=backend.name),
+        "gradient": lambda: op.function(**of_leaf),
         "torch": scratch.zero_,
     }
     samples: dict[str, list[float]] = {name: [] for name in (*timed, "overhead")}
@@ -120,7 +119,7 @@ def _variants(
     moved: int,
 ) -> Iterator[Variant]:
     spec = op.spec
-    count = min(MOST_SETS, max(2, -(-COLD_BYTES[device.type] // moved)))
+    count = _sets(device, moved)
     sets = [make_values(spec, case, dtype, device, seed=seed) for seed in range(count)]
     prove = values if direction == "fwd" else gradients
     for backend in candidates(spec, sets[0]):
@@ -133,18 +132,29 @@ def _variants(
         yield Variant("copy", [_copy(moved // 2, device) for _ in sets], "ok")
 
 
+def _sets(device: torch.device, moved: int) -> int:
+    return min(MOST_SETS, max(2, -(-COLD_BYTES[device.type] // moved)))
+
+
+def _included(device: torch.device, moved: int) -> str:
+    text = "the op alone"
+    if device.type == "cuda":
+        cold = _sets(device, moved) * moved >= COLD_BYTES["cuda"]
+        text += ", cold caches" if cold else ", warm caches"
+        text += ", calls back to back in a CUDA graph"
+    return text
+
+
 def _gate(proof: Callable[[], None]) -> str:
     try:
         proof()
-    except AssertionError as error:
-        return str(error)
+    except Exception as error:  # whatever it is, the other rows are not lost for it
+        return f"{type(error).__name__}: {error}"
     return "ok"
 
 
 def _copy(size: int, device: torch.device) -> Callable[[], torch.Tensor]:
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, device=device).clone
 
 
 def _interleaved(

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
+from snapkernels.dispatch import choose
 from snapkernels.registry import Op
 from snapkernels.spec import Backend, Case, Spec, Tensor
 from snapkernels.testing.cases import call, leaves, make_values
@@ -17,17 +19,13 @@ def named_backend_raises(
     spec: Spec, backend: Backend, values: tuple[Any, ...], reason: str
 ) -> None:
     """A backend that cannot run a call says why when it is named, and is not replaced."""
-    from snapkernels.dispatch import choose
-
     message = _message(lambda: choose(spec, backend.name, values))
     assert reason in message and repr(backend.name) in message, message
 
 
 def gradients_of(op: Op, values: tuple[Any, ...], backend: str | None) -> tuple[torch.Tensor, ...]:
     """Gradients of every floating-point input for `output_gradient`."""
-    inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values)]
-    output = call(op, values, backend)
-    return torch.autograd.grad(output, inputs, output_gradient(output))
+    return _gradients(op, values, backend, None)
 
 
 def output_gradient(output: torch.Tensor) -> torch.Tensor:
@@ -40,17 +38,42 @@ def output_gradient(output: torch.Tensor) -> torch.Tensor:
 
 
 def any_strides(op: Op, device: str) -> None:
-    """Permuted, expanded and offset inputs give what contiguous ones give, gradients included."""
+    """Permuted and offset inputs give what contiguous ones give, or a named backend says why not.
+
+    So for every backend that can run here and for none named, gradients included, and for a
+    gradient that is one number expanded.
+    """
     values = _small(op.spec, device)
     expected = call(op, values)
     grads = gradients_of(op, values, None)
+    ones = _gradients(op, values, None, torch.ones_like(expected))
+    expanded = _gradients(op, values, None, expected.new_ones(()).expand(expected.shape))
+    assert _near(expanded, ones)
     for strided in (_permuted, _offset):
         moved = tuple(strided(v) if isinstance(v, torch.Tensor) else v for v in values)
-        assert torch.allclose(call(op, moved), expected, rtol=1e-12, atol=1e-12)
-        for one, other in zip(gradients_of(op, moved, None), grads, strict=True):
-            assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
-    inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values)]
-    torch.autograd.grad(call(op, values).sum(), inputs)  # an expanded gradient
+        for backend in (None, *op.spec.backends):
+            if backend and (reason := backend.refuses(*moved)):
+                named_backend_raises(op.spec, backend, moved, reason)
+                continue
+            name = backend.name if backend else None
+            assert _near((call(op, moved, name),), (expected,)), f"{name} misreads strides"
+            if name != "reference":
+                assert _near(gradients_of(op, moved, name), grads), f"gradients of {name}"
+
+
+def backward_keeps_the_backend(op: Op, device: str) -> None:
+    """The backward of a registered op runs the backend that the forward was asked for."""
+    if not hasattr(torch.ops.snapkernels, op.spec.name):
+        return
+    asked = []
+
+    def spy(spec: Spec, backend: str | None, values: tuple[Any, ...]) -> Backend:
+        asked.append(backend)
+        return choose(spec, backend, values)
+
+    with mock.patch("snapkernels.library.choose", spy):
+        gradients_of(op, _small(op.spec, device), "eager")
+    assert asked == ["eager", "eager"], asked
 
 
 def empty_batch(op: Op, device: str) -> None:
@@ -167,6 +190,7 @@ def opcheck(op: Op, device: str) -> None:
 
 CHECKS: dict[str, Callable[[Op, str], None]] = {
     "any strides": any_strides,
+    "backward keeps the backend": backward_keeps_the_backend,
     "empty batch": empty_batch,
     "not finite": not_finite,
     "bad input": bad_input,
@@ -183,6 +207,19 @@ def _small_case(spec: Spec) -> Case:
 
 def _small(spec: Spec, device: str) -> tuple[Any, ...]:
     return make_values(spec, _small_case(spec), torch.float64, device)
+
+
+def _gradients(
+    op: Op, values: tuple[Any, ...], backend: str | None, grad: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values)]
+    output = call(op, values, backend)
+    return torch.autograd.grad(output, inputs, output_gradient(output) if grad is None else grad)
+
+
+def _near(ones: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    pairs = zip(ones, others, strict=True)
+    return all(torch.allclose(one, other, rtol=1e-10, atol=1e-10) for one, other in pairs)
 
 
 def _reference(spec: Spec, values: tuple[Any, ...]) -> torch.Tensor:

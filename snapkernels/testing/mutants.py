@@ -2,8 +2,12 @@
 
 import importlib
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,31 +15,72 @@ from types import ModuleType
 
 import torch
 
+from snapkernels import extension
 from snapkernels.dispatch import implementation
 from snapkernels.spec import Backend, Mutant, Spec
+
+NEEDED_TO_BUILD = ("csrc", "snapkernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 @contextmanager
 def planted(spec: Spec, mutant: Mutant) -> Iterator[Backend]:
-    """The backend of `mutant` with its bug, from a changed copy of its module.
+    """The backend of `mutant` with its bug, from a changed copy of its source.
 
     Raises:
-        ValueError: the module does not have `mutant.find` exactly once.
+        ValueError: the source does not have `mutant.find` exactly once.
     """
     backend = spec.backend(mutant.backend)
     function = implementation(backend)
     module = importlib.import_module(function.__module__)
-    source = Path(str(module.__file__)).read_text()
+    python = Path(str(module.__file__)).read_text()
+    with tempfile.TemporaryDirectory() as name:  # Triton reads a kernel's source from its file
+        folder = Path(name)
+        if mutant.file is None:
+            python = _changed(python, module.__name__, spec, mutant)
+        else:
+            namespace = _build(folder, spec, mutant)
+            python = python.replace("snapkernels_cuda", namespace)
+        path = folder / f"{spec.name}_mutant.py"
+        path.write_text(python)
+        yield replace(backend, run=getattr(_load(path), function.__name__))
+
+
+def missing() -> str | None:
+    """What this machine lacks to build a compiled mutant, or None."""
+    if not extension.CSRC.is_dir():
+        return "csrc, which an installed package does not have"
+    return None if shutil.which("nvcc") else "nvcc"
+
+
+def _changed(source: str, name: str, spec: Spec, mutant: Mutant) -> str:
     if source.count(mutant.find) != 1:
         raise ValueError(
-            f"mutant {mutant.name!r} of {spec.name}: {module.__name__} has {mutant.find!r} "
+            f"mutant {mutant.name!r} of {spec.name}: {name} has {mutant.find!r} "
             f"{source.count(mutant.find)} times, not once"
         )
-    with tempfile.TemporaryDirectory() as folder:  # Triton reads a kernel's source from its file
-        path = Path(folder) / f"{spec.name}_mutant.py"
-        path.write_text(source.replace(mutant.find, mutant.replace))
-        run: Callable[..., torch.Tensor] = getattr(_load(path), function.__name__)
-        yield replace(backend, run=run)
+    return source.replace(mutant.find, mutant.replace)
+
+
+def _build(folder: Path, spec: Spec, mutant: Mutant) -> str:
+    """Build the library with the bug in `folder`, load it; returns the namespace of its ops."""
+    for name in NEEDED_TO_BUILD:
+        source = extension.CSRC.parent / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    broken = folder / "csrc" / str(mutant.file)
+    broken.write_text(_changed(broken.read_text(), broken.name, spec, mutant))
+    namespace = f"snapkernels_cuda_{abs(hash(mutant))}"
+    bindings = folder / "csrc" / "bindings.cpp"
+    bindings.write_text(bindings.read_text().replace("snapkernels_cuda", namespace))
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=folder,
+        env=os.environ | {"SNAPKERNELS_BUILD": "1"},
+        check=True,
+        capture_output=True,
+    )
+    torch.ops.load_library(folder / "snapkernels" / extension.LIBRARY.name)
+    return namespace
 
 
 def _load(path: Path) -> ModuleType:

@@ -11,7 +11,15 @@ import torch
 from snapkernels.testing import record
 
 # A change of these makes a stamp stale.
-CODE = ("csrc", "snapkernels", "snapvideo_core", "bench/*.py", "tests/*.py")
+CODE = (
+    "csrc",
+    "setup.py",
+    "snapkernels",
+    "snapvideo_core",
+    "bench/*.py",
+    "tests/*.py",
+    ":(exclude)*.md",
+)
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
@@ -50,7 +58,7 @@ def describe(path: Path) -> str:
     return (
         f"stamp {path.stem}, tier {stamp['tier'] or 'any'}: {stamp['passed']} passed, "
         f"{stamp['failed'] + stamp['error']} failed on {stamp['device']['name']} "
-        f"at {stamp['commit'][:10]} ({stamp['taken'][:10]}), "
+        f"at {stamp['commit'][:10]}{' (changed)' * stamp['dirty']} ({stamp['taken'][:10]}), "
         f"{state.get(changed, 'its commit is not in this history')}"
     )
 

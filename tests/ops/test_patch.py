@@ -91,6 +91,8 @@ def test_empty_batch(backend):
         ({"group": (2, 3)}, "group must be three positive ints"),
         ({"group": 4}, "group must be three positive ints"),
         ({"group": (2, 3, 0)}, "group must be three positive ints"),
+        ({"backend": 3}, "backend=3 is not one of 'cuda'"),
+        ({"backend": ["eager"]}, "is not one of 'cuda'"),
         (
             {"backend": "cudnn"},
             "backend='cudnn' is not one of 'cuda', 'triton', 'cpu', 'eager', 'reference'",
@@ -123,3 +125,48 @@ def test_unpatchify_names_what_is_wrong(change, message):
     arguments = {"tokens": torch.zeros(2, 12, 12, 20), "size": SIZE} | change
     with pytest.raises(ValueError, match=f"^unpatchify: .*{message}"):
         unpatchify(arguments.pop("tokens"), patch=PATCH, group=GROUP, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_pytorch_cannot_differentiate_is_an_error_and_not_zero():
+    def total(x):
+        return patchify(x, patch=PATCH, group=GROUP).sum()
+
+    with pytest.raises(NotImplementedError, match="patchify has no forward-mode derivative"):
+        torch.func.jvp(total, (video(),), (video(),))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(total)(video())
+    videos = video()[None].requires_grad_()
+    batched = torch.vmap(lambda x: patchify(x, patch=PATCH, group=GROUP))(videos)
+    assert torch.equal(batched[0], patchify(video(), patch=PATCH, group=GROUP))
+    assert torch.autograd.grad(batched.sum(), videos)[0].eq(1).all()
+
+
+def test_export_with_a_dynamic_number_of_frames():
+    class Round(torch.nn.Module):
+        def forward(self, x):
+            tokens = patchify(x, patch=2, group=(1, 2, 2))
+            return unpatchify(tokens, size=tuple(x.shape[2:]), patch=2, group=(1, 2, 2))
+
+    example = torch.randn(1, 3, 4, 8, 16)
+    frames = {"x": {2: torch.export.Dim("frames", min=2, max=64)}}
+    program = torch.export.export(Round(), (example,), dynamic_shapes=frames)
+    longer = torch.randn(1, 3, 7, 8, 16)
+    assert torch.equal(program.module()(longer), longer)
+
+
+def test_nothing_in_nothing_out_whatever_is_empty():
+    for shape in ((0, 3, 2, 8, 8), (2, 0, 2, 8, 8)):
+        empty = torch.empty(shape)
+        for strided in (empty, empty.permute(0, 1, 2, 4, 3)):
+            assert patchify(strided, patch=2, group=(1, 2, 2)).numel() == 0
+
+
+def test_the_memory_of_checked_calls_is_bounded_and_tells_shapes_apart():
+    for frames in range(1, 300):
+        patchify(torch.zeros(1, 1, frames, 2, 2), patch=2, group=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"T = 299 is not divisible by group\[0\] = 2"):
+        patchify(torch.zeros(1, 1, 299, 2, 2), patch=2, group=(2, 1, 1))
+    with pytest.raises(ValueError, match="floating point"):
+        patchify(torch.zeros(1, 1, 299, 2, 2, dtype=torch.int32), patch=2, group=(1, 1, 1))

@@ -79,9 +79,13 @@ def test_check_says_what_is_red_and_what_was_not_run(monkeypatch, capsys):
     assert "RED  op/a wrong: not what the reference says" in out
     assert "RED  op/a broken: RuntimeError: illegal memory access" in out
     assert "2 passed, 2 failed; seeded bugs among them: 1" in out
+    assert command.main(["check", "--only", "elsewhere"]) == 1  # nothing ran
     assert "1 not run: this machine lacks a machine from the future" in out
     assert command.main(["check", "--only", "nothing like it"]) == 2
-    assert command.main(["check", "--stamp", "no/such/folder/s.json"]) == 2
+    for path in ("no/such/folder/s.json", "tests"):
+        assert command.main(["check", "--stamp", path]) == 2
+    monkeypatch.setitem(env.BACKENDS, "patchify", "gone")
+    assert command.main(["list"]) == 2
 
 
 def test_bench_writes_a_record(tmp_path, capsys, monkeypatch):

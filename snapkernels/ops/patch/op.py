@@ -38,7 +38,8 @@ def patchify(
         (B, G, N, C * patch * patch) tokens of the video's dtype, contiguous.
 
     Raises:
-        ValueError: wrong rank, dtype, patch, group, indivisible size, or unknown backend.
+        ValueError: wrong rank, dtype, patch, group, indivisible size, unknown backend, or one that
+            cannot run this call.
     """
     return _patchify(video, patch, group, backend)
 
@@ -63,7 +64,8 @@ def unpatchify(
         (B, C, T, H, W) video of the tokens' dtype, contiguous.
 
     Raises:
-        ValueError: wrong rank or dtype, indivisible size, or tokens that do not fill the size.
+        ValueError: wrong rank or dtype, indivisible size, tokens that do not fill the size, or a
+            backend as in `patchify`.
     """
     return _unpatchify(tokens, size, patch, group, backend)
 

@@ -4,13 +4,12 @@ from math import prod
 
 import torch
 
-from snapkernels.dispatch import triton_refuses
 from snapkernels.ops.patch import config, eager, reference
 from snapkernels.ops.patch.kernels import cpu
 from snapkernels.spec import Backend, Case, Mutant, Spec, Tensor, Tier
 
 KERNELS = "snapkernels.ops.patch.kernels"
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LEGEND = {
     "B": "videos",
     "C": "channels",
@@ -57,6 +56,7 @@ _CASES = (
     # Every axis has another number of groups, patches a group and pixels a patch.
     _shapes("odd", "cpu", (2, 5, 4, 12, 24), 2, (2, 3, 2), (BF16, FP32, FP64)),
     _shapes("tail", "cpu", (1, 3, 2, 8, 24), 4, (1, 1, 3)),
+    _shapes("cells-of-4-bytes", "cpu", (1, 4, 2, 8, 32), 2, (1, 2, 4), (BF16, FP16)),
     _shapes("patch-3", "cpu", (1, 2, 2, 6, 9), 3, (2, 1, 3)),
     _shapes("two-tiles", "cpu", (1, 1, 1, 4, 1200), 4, (1, 1, 100)),
     _shapes("one-pixel", "cpu", (2, 1, 1, 2, 4), 1, (1, 2, 2), (FP32,)),
@@ -80,7 +80,11 @@ PATCHIFY = Spec(
     output=TOKENS,
     backends=(
         Backend(name="cuda", run=f"{KERNELS}.cuda:patchify", refuses=config.cuda_refuses_video),
-        Backend(name="triton", run=f"{KERNELS}.triton_kernels:patchify", refuses=triton_refuses),
+        Backend(
+            name="triton",
+            run=f"{KERNELS}.triton_kernels:patchify",
+            refuses=config.triton_refuses_video,
+        ),
         Backend(name="cpu", run=cpu.patchify, refuses=config.cpu_refuses),
         Backend(name="eager", run=eager.patchify),
         Backend(name="reference", run=reference.patchify),
@@ -127,6 +131,20 @@ PATCHIFY = Spec(
             replace="(0 * stride_b + t * stride_t",
         ),
         Mutant(
+            name="every column of patches in the first group",
+            backend="cuda",
+            file="patch/cell_transpose.cuh",
+            find="return group * at.tokens_g + (w - group",
+            replace="return (w - group",
+        ),
+        Mutant(
+            name="second tile of a row is the first again",
+            backend="cuda",
+            file="patch/cell_transpose.cuh",
+            find="const int w0 = blockIdx.y * m.tile_w;",
+            replace="const int w0 = 0;",
+        ),
+        Mutant(
             name="wide elements of the CPU in the wrong order",
             backend="cpu",
             find="rows.permute(0, 2, 4, 7, 3, 5, 8, 1, 6)",
@@ -147,7 +165,11 @@ UNPATCHIFY = Spec(
     output=VIDEO,
     backends=(
         Backend(name="cuda", run=f"{KERNELS}.cuda:unpatchify", refuses=config.cuda_refuses_tokens),
-        Backend(name="triton", run=f"{KERNELS}.triton_kernels:unpatchify", refuses=triton_refuses),
+        Backend(
+            name="triton",
+            run=f"{KERNELS}.triton_kernels:unpatchify",
+            refuses=config.triton_refuses_tokens,
+        ),
         Backend(name="cpu", run=cpu.unpatchify, refuses=config.cpu_refuses),
         Backend(name="eager", run=eager.unpatchify),
         Backend(name="reference", run=reference.unpatchify),
@@ -157,6 +179,13 @@ UNPATCHIFY = Spec(
     exact=True,
     sass=_SASS,
     mutants=(
+        Mutant(
+            name="every row of patches the first of its group",
+            backend="cuda",
+            file="patch/cell_transpose.cuh",
+            find="+ h - gh * m.at.group_h) * m.at.group_w",
+            replace=") * m.at.group_w",
+        ),
         Mutant(
             name="row of patches misplaced in its group",
             backend="triton",

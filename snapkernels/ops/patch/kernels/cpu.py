@@ -14,6 +14,9 @@ WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 def patchify(video: torch.Tensor, patch: int, group: tuple[int, int, int]) -> torch.Tensor:
     batch, channels, t, h, w = video.shape
     layout = PatchLayout((t, h, w), patch, group)
+    tokens = video.new_empty(batch, layout.num_groups, layout.group_tokens, channels * patch**2)
+    if not video.numel():
+        return tokens
     (groups_t, groups_h, groups_w), (gt, gh, gw) = layout.groups, group
     rows = (
         video.view(WIDE[patch * video.element_size()])
@@ -23,7 +26,6 @@ def patchify(video: torch.Tensor, patch: int, group: tuple[int, int, int]) -> to
     )
     # (B, C, groups T, group T, groups H, group H, patch, groups W, group W)
     rows = rows.permute(0, 2, 4, 7, 3, 5, 8, 1, 6)
-    tokens = video.new_empty(batch, layout.num_groups, layout.group_tokens, channels * patch**2)
     tokens.view(rows.dtype).view(rows.shape).copy_(rows)
     return tokens
 
@@ -33,6 +35,9 @@ def unpatchify(
 ) -> torch.Tensor:
     layout = PatchLayout(size, patch, group)
     batch, channels = len(tokens), tokens.shape[-1] // patch**2
+    video = tokens.new_empty(batch, channels, *size)
+    if not tokens.numel():
+        return video
     rows = (
         tokens.view(WIDE[patch * tokens.element_size()])
         .unflatten(3, (channels, patch))
@@ -41,6 +46,5 @@ def unpatchify(
     )
     # (B, groups T, groups H, groups W, group T, group H, group W, C, patch)
     rows = rows.permute(0, 7, 1, 4, 2, 5, 8, 3, 6)
-    video = tokens.new_empty(batch, channels, *size)
     video.view(rows.dtype).view(rows.shape).copy_(rows)
     return video

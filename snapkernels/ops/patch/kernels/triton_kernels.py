@@ -198,18 +198,19 @@ def _launch(
     most = TRITON_BLOCK_BYTES // (block_k * block_j * source.element_size())
     block_w = min(triton.next_power_of_2(columns), max(1, most))
     grid = (batch * frames * patch_rows * triton.cdiv(columns, block_w),)
-    kernel[grid](
-        source,
-        target,
-        *source.stride(),
-        frames,
-        patch_rows,
-        columns,
-        *layout.group,
-        channels,
-        layout.patch,
-        block_w,
-        block_k,
-        block_j,
-        num_warps=TRITON_WARPS,
-    )
+    with torch.cuda.device_of(source):  # Triton launches on the current device
+        kernel[grid](
+            source,
+            target,
+            *source.stride(),
+            frames,
+            patch_rows,
+            columns,
+            *layout.group,
+            channels,
+            layout.patch,
+            block_w,
+            block_k,
+            block_j,
+            num_warps=TRITON_WARPS,
+        )
