@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
+import torch.utils._python_dispatch
 
 from snapkernels import patchify, unpatchify
 
@@ -170,3 +172,29 @@ def test_the_memory_of_checked_calls_is_bounded_and_tells_shapes_apart():
         patchify(torch.zeros(1, 1, 299, 2, 2), patch=2, group=(2, 1, 1))
     with pytest.raises(ValueError, match="floating point"):
         patchify(torch.zeros(1, 1, 299, 2, 2, dtype=torch.int32), patch=2, group=(1, 1, 1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whoever_looks_on_sees_one_op():
+    """A dispatch mode, the profiler and a graph see the op and not what its backend does."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = video()
+    with Watch():
+        patchify(x, patch=PATCH, group=GROUP)
+    assert seen[0] == "snapkernels.patchify.default"
+    with torch.profiler.profile() as profile:
+        patchify(x, patch=PATCH, group=GROUP)
+    assert "snapkernels::patchify" in {event.key for event in profile.key_averages()}
+    graph = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda v: patchify(v, patch=PATCH, group=GROUP)
+    )(x)
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert called == ["snapkernels.patchify.default"]
+    traced = torch.jit.trace(lambda v: patchify(v, patch=PATCH, group=GROUP), x)
+    assert "snapkernels::patchify" in str(traced.graph)
