@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from snapkernels.dispatch import choose
-from snapkernels.testing.bench import COLD_BYTES, MOST_SETS
+from snapkernels.testing.bench import sets_needed
 from snapkernels.testing.cases import find, make_values, prepare
 from snapkernels.testing.cost import compulsory_bytes
 
@@ -48,7 +48,7 @@ def replay(
     op, case, direction = find(case_id)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     moved = compulsory_bytes(op.spec, case, direction, dtype)
-    count = sets_needed(moved, device)
+    count = sets_needed(device, moved)
     sets = [make_values(op.spec, case, dtype, device, seed=seed) for seed in range(count)]
     name = choose(op.spec, backend, sets[0]).name
     # The warm-up takes the sets that were made first, and the profiled calls go on from there.
@@ -74,13 +74,6 @@ def replay(
     )
     if on_gpu:
         torch.cuda.profiler.stop()
-
-
-def sets_needed(moved: int, device: torch.device) -> int:
-    """Sets of inputs, of `moved` bytes each, after which the first has left the L2 of a GPU."""
-    if device.type == "cpu":
-        return 1
-    return min(MOST_SETS, max(2, -(-COLD_BYTES["cuda"] // moved)))
 
 
 def _call(calls: Iterator[Callable[[], Any]], times: int, results: deque[Any]) -> None:

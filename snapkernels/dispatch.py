@@ -79,11 +79,12 @@ def triton_refuses(tensor: torch.Tensor, *_: Any) -> str | None:
     """Why no Triton kernel can run on `tensor`, or None."""
     if not tensor.is_cuda and not env.INTERPRET:
         return f"Triton kernels need a CUDA tensor, this one is on {tensor.device.type}"
-    return None if _has_triton() else "the package triton is not installed"
+    return None if has_triton() else "the package triton is not installed"
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -99,6 +99,19 @@ class Mutant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Zeros that make a result depend on one marked token of each group, the softmax uniform.
+
+    Attributes:
+        tokens: the input that is read; zero but for the marker, along its last dimension but one.
+        zeros: the other inputs, or "weights.field", that are zero.
+    """
+
+    tokens: str
+    zeros: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """What an op computes, on what, by what, and where that is proved.
 
@@ -114,11 +127,13 @@ class Spec:
         backends: in the order they are tried.
         reference: the equation, differentiable, in the dtype it is given.
         cases, mutants: what it is proved with.
+        probe: of an op that reads tokens by a softmax, with a residual.
         flops: of a forward call, from its sizes.
         exact: a result is right only if it is the reference's, bit for bit.
         residual: the input that the op adds its branch to; errors are measured on the branch.
         backward_reads: the inputs that the backward pass has to read.
         sass: {GPU architecture: instructions that every Triton kernel has there}.
+        most_registers: of a thread of its Triton kernels; 255 is all that there are.
     """
 
     name: str
@@ -133,11 +148,13 @@ class Spec:
     reference: Callable[..., torch.Tensor]
     cases: tuple[Case, ...]
     mutants: tuple[Mutant, ...] = ()
+    probe: Probe | None = None
     flops: Callable[[Sizes], int] = lambda sizes: 0
     exact: bool = False
     residual: str | None = None
     backward_reads: tuple[str, ...] = ()
     sass: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    most_registers: int = 255
     checks: tuple[tuple[str, Check], ...] = field(init=False, repr=False)
     parsed_rules: tuple[Rule, ...] = field(init=False, repr=False)
 

@@ -10,7 +10,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-_INTS = (int, torch.SymInt)  # of a call that is traced with dynamic shapes
+
+def _positive(value: Any) -> bool:
+    """Whether it is an int from 1 on, a symbolic one of a trace with dynamic shapes included."""
+    whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return whole and value >= 1
 
 
 class Rule(NamedTuple):
@@ -102,18 +106,18 @@ class Arguments:
 
     def count(self, name: str, value: Any) -> None:
         """Check that `value` is a positive int and remember it as a size."""
-        if not isinstance(value, _INTS) or value < 1:
+        if not _positive(value):
             self.fail(f"{name} must be a positive int, got {value!r}")
-        self.sizes[name] = value  # type: ignore[assignment]
+        self.sizes[name] = value
 
     def three(self, name: str, value: Any) -> None:
         """Check that `value` is three positive ints (T, H, W); they become name[0] to name[2]."""
         if not isinstance(value, tuple | list) or len(value) != 3:
             self.fail(f"{name} must be three positive ints (T, H, W), got {value!r}")
         for index, part in enumerate(value):
-            if not isinstance(part, _INTS) or part < 1:
+            if not _positive(part):
                 self.fail(f"{name} must be three positive ints (T, H, W), got {value!r}")
-            self.sizes[f"{name}[{index}]"] = part  # type: ignore[assignment]
+            self.sizes[f"{name}[{index}]"] = part
 
     def probability(self, name: str, value: Any) -> None:
         """Check that `value` is in [0, 1)."""

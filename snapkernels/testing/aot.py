@@ -79,12 +79,18 @@ def key(op: str, case: str, dtype: torch.dtype, target: str) -> str:
     return f"{op} {case} {dtype} {target}"
 
 
-def faults(launches: list[Report], target: str, wanted: tuple[str, ...]) -> list[str]:
-    """What is wrong with `launches`: spills, too much shared memory, no `wanted` instruction."""
+def faults(
+    launches: list[Report], target: str, wanted: tuple[str, ...], most_registers: int
+) -> list[str]:
+    """What is wrong with `launches`: spills, registers, shared memory, a `wanted` instruction."""
     found = [] if launches else ["nothing was launched"]
     for report in launches:
         if report.stack:
             found.append(f"{report.kernel} spills {report.stack} bytes")
+        if report.registers > most_registers:
+            found.append(
+                f"{report.kernel} has {report.registers} registers, more than {most_registers}"
+            )
         if report.shared > TARGETS[target]:
             found.append(f"{report.kernel} needs {report.shared} bytes of shared memory")
         for instruction in wanted:

@@ -119,7 +119,7 @@ def _variants(
     moved: int,
 ) -> Iterator[Variant]:
     spec = op.spec
-    count = _sets(device, moved)
+    count = sets_needed(device, moved)
     sets = [make_values(spec, case, dtype, device, seed=seed) for seed in range(count)]
     prove = values if direction == "fwd" else gradients
     for backend in candidates(spec, sets[0]):
@@ -132,14 +132,15 @@ def _variants(
         yield Variant("copy", [_copy(moved // 2, device) for _ in sets], "ok")
 
 
-def _sets(device: torch.device, moved: int) -> int:
+def sets_needed(device: torch.device, moved: int) -> int:
+    """Sets of inputs, of `moved` bytes each, after which the first has left the caches of a GPU."""
     return min(MOST_SETS, max(2, -(-COLD_BYTES[device.type] // moved)))
 
 
 def _included(device: torch.device, moved: int) -> str:
     text = "the op alone"
     if device.type == "cuda":
-        cold = _sets(device, moved) * moved >= COLD_BYTES["cuda"]
+        cold = sets_needed(device, moved) * moved >= COLD_BYTES["cuda"]
         text += ", cold caches" if cold else ", warm caches"
         text += ", calls back to back in a CUDA graph"
     return text

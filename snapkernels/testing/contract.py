@@ -11,7 +11,7 @@ import torch
 
 from snapkernels.dispatch import choose
 from snapkernels.registry import Op
-from snapkernels.spec import Backend, Case, Spec, Tensor
+from snapkernels.spec import Backend, Case, Fields, Spec, Tensor
 from snapkernels.testing.cases import call, leaves, make_values
 
 
@@ -128,7 +128,7 @@ def bad_input(op: Op, device: str) -> None:
         elif value is not None:
             refused(position, value[:-1], name)
     for position, (name, kind) in enumerate(spec.options.items(), len(spec.inputs)):
-        bad = {"int": (0, -1, 2.0), "int[3]": ((1, 2), (1, 2, 0), 4)}
+        bad = {"int": (0, -1, 2.0, True), "int[3]": ((1, 2), (1, 2, 0), 4)}
         for value in bad.get(kind, (-1.0, "x")):
             refused(position, value, name)
     message = _message(lambda: call(op, values, "no such backend"))
@@ -139,14 +139,18 @@ def sizes_that_contradict(op: Op, device: str) -> None:
     """A dimension that a rule or another input binds raises ValueError when it is longer by one."""
     spec, values = op.spec, _small(op.spec, device)
     seen: list[str] = []
+    held = {dim for rule in spec.parsed_rules if rule.under for dim in rule.over}
+    held |= {rule.name for rule in spec.parsed_rules if rule.name}
+    for fields in spec.inputs.values():
+        held |= set(sum(fields.dims.values(), ())) if isinstance(fields, Fields) else set()
     for position, declared in enumerate(spec.inputs.values()):
         if not isinstance(declared, Tensor) or values[position] is None:
             continue
         tensor = values[position]
-        for axis, dim in enumerate(declared.dims):
-            bound = dim in seen or any(re.search(rf"\b{dim}\b", rule) for rule in spec.rules)
+        for axis, dim in enumerate(declared.dims, -len(declared.dims)):
+            bound = dim in seen or dim in held
             seen.append(dim)
-            if bound and dim != "C" and dim != "...":
+            if bound and dim != "...":
                 longer = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
                 changed = (*values[:position], longer, *values[position + 1 :])
                 message = _message(partial(call, op, changed))

@@ -1,6 +1,21 @@
 """How far a result is from a more precise one."""
 
+from typing import Any
+
 import torch
+
+
+def widened(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`call` with its floating-point tensors in float64."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.detach().double()
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(wide, value))
+        return value
+
+    return tuple(map(wide, call))
 
 
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:

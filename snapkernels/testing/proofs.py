@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import torch
 
 from snapkernels import env, extension
-from snapkernels.dispatch import implementation, triton_refuses
+from snapkernels.dispatch import has_triton, implementation
 from snapkernels.registry import OPS, Op
 from snapkernels.spec import Backend, Case, Mutant, Spec
 from snapkernels.testing import aot, contract
 from snapkernels.testing.cases import make_values
 from snapkernels.testing.memory import nan_filled
 from snapkernels.testing.mutants import missing, planted
-from snapkernels.testing.numerics import relative_rms
+from snapkernels.testing.numerics import relative_rms, widened
+from snapkernels.testing.probes import missed
 
 # Relative rms error of a sublayer's branch against float64: of eager PyTorch, which rounds every
 # intermediate once, by dtype. Another backend must also be no worse than eager on the same input.
@@ -96,8 +97,7 @@ def _of_a_case(op: Op, case: Case, backend: Backend, dtype: torch.dtype) -> Iter
 
 
 def _of_machine_code(spec: Spec) -> Iterator[Proof]:
-    lacks = triton_refuses(torch.empty(0)) if not env.INTERPRET else None
-    lacks = "the package triton is not installed" if lacks and "installed" in lacks else None
+    lacks = None if has_triton() else "the package triton"
     for case in aot.cases(spec):
         for dtype in case.dtypes:
             for target in aot.targets(case):
@@ -110,23 +110,34 @@ def _device(backend: Backend) -> str:
 
 
 def _lacks(backend: Backend, tier: str) -> str | None:
-    if _device(backend) == "cuda":
-        return extension.load() if backend.name == "cuda" else None
-    if tier != "cpu" or backend.name == "cuda":
+    on_gpu = _device(backend) == "cuda"
+    if not on_gpu and (tier != "cpu" or backend.name == "cuda"):
         return "an NVIDIA GPU"
-    return triton_refuses(torch.empty(0)) if backend.name == "triton" else None
+    if backend.name == "triton":
+        if not has_triton():
+            return "the package triton"
+        return None if on_gpu or env.INTERPRET else "TRITON_INTERPRET=1 in its environment"
+    if backend.name == "cuda":
+        fits = torch.cuda.get_device_capability() == extension.CAPABILITY
+        return _no_library() if fits else "a GPU of compute capability 9.0"
+    return None
 
 
 def values(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
-    """The result is right, the same twice, and whole although memory was full of NaN."""
+    """The result is right, the same twice, and whole although memory was full of NaN.
+
+    Of a sublayer with a probe, so are the results at every marker.
+    """
     call = make_values(spec, case, dtype, _device(backend))
     assert (reason := backend.refuses(*call)) is None, f"it cannot run: {reason}"
     run = implementation(backend)
     with torch.no_grad(), nan_filled():
         once, twice = run(*call), run(*call)
         judge(spec, case, backend, dtype, call, once)
-    if not same_bits(once, twice):
-        raise WrongError("two runs on the same input differ")
+        if not same_bits(once, twice):
+            raise WrongError("two runs on the same input differ")
+        if spec.probe and (lost := missed(spec, spec.probe, call, run, LIMITS[dtype])):
+            raise WrongError(f"wrong with markers in {spec.probe.tokens} at {lost}")
 
 
 def judge(
@@ -206,10 +217,10 @@ def mutant_is_seen(op: Op, mutant: Mutant) -> None:
 
 
 def machine_code(spec: Spec, case: Case, dtype: torch.dtype, target: str) -> None:
-    """The Triton kernels of `case`, compiled for `target`, spill nothing and have their loads."""
+    """The Triton kernels of `case`, compiled for `target`, hold the spec's limits."""
     wanted = spec.sass.get(target, ()) if case.tier == "paper" else ()
     launches = aot.reports()[aot.key(spec.name, case.name, dtype, target)]
-    found = aot.faults(launches, target, wanted)
+    found = aot.faults(launches, target, wanted, spec.most_registers)
     assert not found, "; ".join(found)
 
 
@@ -226,19 +237,6 @@ def library() -> None:
 
 def _no_library() -> str | None:
     return None if extension.LIBRARY.is_file() else "the CUDA library (nvcc builds it: make ext)"
-
-
-def widened(call: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`call` with its floating-point tensors in float64."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value.detach().double()
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(wide, value))
-        return value
-
-    return tuple(map(wide, call))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one call: median, 20th and 80th percentile."""
+    """Time of one call: median, 20th and 80th percentile, in the samples' unit."""
 
     median: float
     p20: float
@@ -17,7 +17,7 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, samples: list[float]) -> "Timing":
-        """Summarise samples in milliseconds."""
+        """Summarise `samples`, all in one unit."""
         ordered = sorted(samples)
         last = len(ordered) - 1
         return cls(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_case import main, sets_needed
+from run_case import main
+
+from snapkernels.testing.bench import sets_needed
 
 SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "run_case.py"
 
@@ -90,7 +92,7 @@ def test_a_wrong_value_is_named(capsys, flag, value):
 @pytest.mark.parametrize(
     ("device", "moved", "sets"),
     [
-        ("cpu", 10, 1),
+        ("cpu", 10, 2),
         ("cuda", 10, 48),
         ("cuda", 64_000_000, 4),
         ("cuda", 200_000_000, 2),
@@ -98,7 +100,7 @@ def test_a_wrong_value_is_named(capsys, flag, value):
     ],
 )
 def test_sets_leave_the_l2(device, moved, sets):
-    assert sets_needed(moved, torch.device(device)) == sets
+    assert sets_needed(torch.device(device), moved) == sets
 
 
 @pytest.mark.gpu

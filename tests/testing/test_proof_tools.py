@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from snapkernels import dispatch, env
+from snapkernels import dispatch, env, extension
 from snapkernels.dispatch import choose, explain
 from snapkernels.registry import OPS, op
 from snapkernels.spec import Mutant
@@ -104,7 +104,7 @@ def test_explain_has_every_backend_its_reason_and_the_sizes(monkeypatch):
     assert all(backend.name in text for backend in PATCHIFY.backends)
     assert "cpu        runs" in text and "G = 24" in text
     assert "triton     cannot: Triton kernels need a CUDA tensor" in text
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     monkeypatch.setattr(env, "INTERPRET", True)
     text = explain(PATCHIFY, *make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu"))
     assert "triton     cannot: the package triton is not installed" in text
@@ -129,13 +129,21 @@ def test_another_form_is_refused(text):
 
 def test_machine_code_faults_are_named():
     good = aot.Report("k", 40, 0, 8192, ["LDG.E.128", "STG.E.128"])
-    assert aot.faults([good], "sm_90", ("LDG.E.128",)) == []
-    spills = aot.faults([good._replace(stack=8)], "sm_90", ())
+    assert aot.faults([good], "sm_90", ("LDG.E.128",), 40) == []
+    spills = aot.faults([good._replace(stack=8)], "sm_90", (), 40)
     assert spills == ["k spills 8 bytes"]
-    shared = aot.faults([good._replace(shared=200_000)], "sm_80", ())
+    shared = aot.faults([good._replace(shared=200_000)], "sm_80", (), 40)
     assert shared == ["k needs 200000 bytes of shared memory"]
-    assert aot.faults([good], "sm_90", ("HGMMA",)) == ["k has no HGMMA"]
-    assert aot.faults([], "sm_90", ()) == ["nothing was launched"]
+    assert aot.faults([good], "sm_90", (), 39) == ["k has 40 registers, more than 39"]
+    assert aot.faults([good], "sm_90", ("HGMMA",), 40) == ["k has no HGMMA"]
+    assert aot.faults([], "sm_90", (), 40) == ["nothing was launched"]
+
+
+def test_a_spec_holds_its_kernels_to_its_registers():
+    case, few = CASES["stage1-frames"], replace(PATCHIFY, most_registers=17)
+    proofs.machine_code(PATCHIFY, case, torch.bfloat16, "sm_90")
+    with pytest.raises(AssertionError, match=r"patchify_kernel has \d+ registers, more than 17"):
+        proofs.machine_code(few, case, torch.bfloat16, "sm_90")
 
 
 def test_bench_rows_are_gated_and_in_form():
@@ -162,3 +170,18 @@ def test_a_wrong_backend_is_not_timed(monkeypatch):
     red_gate = "AssertionError: wrong on purpose"
     assert [row["gate"] for row in rows] == [red_gate, red_gate, "ok"]
     assert all("value" not in row for row in rows[:2])
+
+
+def test_what_a_proof_lacks_is_a_thing_that_the_machine_could_have(monkeypatch):
+    triton, cuda = PATCHIFY.backend("triton"), PATCHIFY.backend("cuda")
+    monkeypatch.setattr(proofs, "_device", lambda backend: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert proofs._lacks(cuda, "paper") == "a GPU of compute capability 9.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(extension, "LIBRARY", extension.CSRC / "no such library")
+    assert "nvcc builds it" in proofs._lacks(cuda, "paper")
+    # A library that is there but does not load is no lack: its proofs run, and are red.
+    monkeypatch.setattr(extension, "LIBRARY", extension.CSRC / "bindings.cpp")
+    assert proofs._lacks(cuda, "paper") is None
+    monkeypatch.setattr(proofs, "has_triton", lambda: False)
+    assert proofs._lacks(triton, "cpu") == "the package triton"

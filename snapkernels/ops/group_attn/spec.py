@@ -7,7 +7,7 @@ import torch
 
 from snapkernels.ops.group_attn import eager, reference
 from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
-from snapkernels.spec import Backend, Case, Fields, Mutant, Sizes, Spec, Tensor
+from snapkernels.spec import Backend, Case, Fields, Mutant, Probe, Sizes, Spec, Tensor
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 LEGEND = {
@@ -25,6 +25,9 @@ MATH = (
 )
 WEIGHTS = Fields(CrossAttentionWeights, DIMS)
 OPTIONS = {"num_heads": "int", "eps": "float"}
+_ZEROS = tuple(
+    f"weights.{field}" for field in ("q_weight", "q_bias", "kv_norm_bias", "v_bias", "o_bias")
+)
 
 
 def _flops(queries: str, keys: str) -> Callable[[Sizes], int]:
@@ -140,6 +143,7 @@ GROUP_READ = Spec(
             replace="if False:",
         ),
     ),
+    probe=Probe(tokens="patches", zeros=("latents", *_ZEROS)),
     flops=_flops("L", "N"),
     residual="latents",
     backward_reads=("latents", "patches", "weights", "mask"),
@@ -187,6 +191,7 @@ GROUP_WRITE = Spec(
             replace="return linear(",
         ),
     ),
+    probe=Probe(tokens="latents", zeros=("patches", *_ZEROS)),
     flops=_flops("N", "L"),
     residual="patches",
     backward_reads=("patches", "latents", "weights"),

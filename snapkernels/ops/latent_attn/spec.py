@@ -4,7 +4,7 @@ import torch
 
 from snapkernels.ops.latent_attn import eager, reference
 from snapkernels.ops.latent_attn.weights import DIMS, SelfAttentionWeights
-from snapkernels.spec import Backend, Case, Fields, Mutant, Sizes, Spec, Tensor
+from snapkernels.spec import Backend, Case, Fields, Mutant, Probe, Sizes, Spec, Tensor
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -111,6 +111,12 @@ LATENT_ATTENTION = Spec(
             backend="eager",
             find="w.norm_bias, eps)",
             replace="w.norm_bias)",
+        ),
+    ),
+    probe=Probe(
+        tokens="latents",
+        zeros=tuple(
+            f"weights.{field}" for field in ("q_weight", "q_bias", "norm_bias", "v_bias", "o_bias")
         ),
     ),
     flops=_flops,

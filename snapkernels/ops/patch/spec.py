@@ -67,6 +67,7 @@ _CASES = (
     _shapes("up-b4", "paper", (4, 3, 16, 288, 512), 4, UPSAMPLER),
 )
 _SASS = dict.fromkeys(("sm_90", "sm_80"), ("LDG.E.128", "STG.E.128"))
+_REGISTERS = 72  # a multiprocessor then holds seven blocks of 128 threads
 
 PATCHIFY = Spec(
     name="patchify",
@@ -93,6 +94,7 @@ PATCHIFY = Spec(
     cases=tuple(video for video, _ in _CASES),
     exact=True,
     sass=_SASS,
+    most_registers=_REGISTERS,
     mutants=(
         Mutant(
             name="groups counted column first",
@@ -178,6 +180,7 @@ UNPATCHIFY = Spec(
     cases=tuple(tokens for _, tokens in _CASES),
     exact=True,
     sass=_SASS,
+    most_registers=_REGISTERS,
     mutants=(
         Mutant(
             name="every row of patches the first of its group",
