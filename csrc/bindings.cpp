@@ -9,9 +9,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <vector>
 
+#include "head/head.h"
+#include "noise/forward_process.h"
 #include "patch/cell_transpose.h"
+#include "stem/stem.h"
 
 // Weak: a CPU build of torch has no such function.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -86,6 +90,189 @@ void unpatchify(Tensor tokens, Tensor video, int64_t patch, std::vector<int64_t>
                                                      current_stream(video)));
 }
 
+// The data of `tensor`, contiguous, of this dtype and size, and on the device of `tokens`.
+template <typename T>
+T* head_data(const char* op, const char* name, const Tensor& tensor,
+             torch::headeronly::ScalarType dtype, int64_t numel, const Tensor& tokens) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == numel &&
+                      tensor.is_contiguous() &&
+                      tensor.get_device_index() == tokens.get_device_index(),
+                  op, ": ", name, " has another dtype, size, layout or device");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// What the ends have in common, checked: `video` is any video of theirs, read or written.
+snapkernels::HeadArguments head_arguments(const char* op, const Tensor& tokens,
+                                          const Tensor& norm_weight, const Tensor& norm_bias,
+                                          const Tensor& weight, const Tensor& bias,
+                                          const Tensor& video, const std::vector<int64_t>& group,
+                                          double eps, snapkernels::HeadGeometry& at) {
+  constexpr auto kBfloat16 = torch::headeronly::ScalarType::BFloat16;
+  constexpr int64_t kPatch = snapkernels::kHeadPatch;
+  STD_TORCH_CHECK(video.dim() == 5 && tokens.dim() == 4 && group.size() == 3, op, ": ranks");
+  STD_TORCH_CHECK(group[0] > 0 && group[1] > 0 && group[2] > 0, op, ": group");
+  const int64_t group_rows = kPatch * group[1];
+  const int64_t groups_h = (video.size(3) + group_rows - 1) / group_rows;
+  const int64_t patches = group[0] * group[1] * group[2];
+  STD_TORCH_CHECK(video.size(2) % group[0] == 0 && video.size(4) % (kPatch * group[2]) == 0 &&
+                      tokens.size(0) == video.size(0) && tokens.size(2) == patches &&
+                      tokens.size(1) == video.size(2) / group[0] * groups_h *
+                                            (video.size(4) / (kPatch * group[2])),
+                  op, ": the tokens do not fit the video");
+  const int64_t count = tokens.size(0) * tokens.size(1) * patches, width = tokens.size(3);
+  const int64_t features = video.size(1) * kPatch * kPatch;
+  STD_TORCH_CHECK(count > 0 && count <= INT32_MAX - snapkernels::kHeadTokens + 1, op, ": ", count,
+                  " tokens");
+  at = {static_cast<int>(video.size(0)), static_cast<int>(video.size(1)),
+        static_cast<int>(video.size(2)), static_cast<int>(video.size(3)),
+        static_cast<int>(video.size(4)), static_cast<int>(group[0]),
+        static_cast<int>(group[1]),      static_cast<int>(group[2]),
+        static_cast<int>(width)};
+  snapkernels::HeadArguments given{};
+  given.tokens = head_data<void>(op, "tokens", tokens, kBfloat16, count * width, tokens);
+  given.norm_weight = head_data<void>(op, "norm_weight", norm_weight, kBfloat16, width, tokens);
+  given.norm_bias = head_data<void>(op, "norm_bias", norm_bias, kBfloat16, width, tokens);
+  given.weight = head_data<void>(op, "weight", weight, kBfloat16, features * width, tokens);
+  given.bias = head_data<void>(op, "bias", bias, kBfloat16, features, tokens);
+  given.eps = eps;
+  return given;
+}
+
+constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+
+void head(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias,
+          Tensor out, std::vector<int64_t> group, double eps) {
+  snapkernels::HeadGeometry at;
+  auto given = head_arguments("head", tokens, norm_weight, norm_bias, weight, bias, out, group,
+                              eps, at);
+  given.out = head_data<float>("head", "out", out, kFloat, out.numel(), tokens);
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  check_launch("head", snapkernels::head(given, at, current_stream(tokens)));
+}
+
+void head_mix(Tensor tokens, Tensor video, std::optional<Tensor> other, Tensor mix,
+              Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, Tensor out,
+              std::vector<int64_t> group, double eps) {
+  const char* const op = "head_mix";
+  snapkernels::HeadGeometry at;
+  auto given =
+      head_arguments(op, tokens, norm_weight, norm_bias, weight, bias, video, group, eps, at);
+  const int64_t pixels = video.numel();
+  given.video = head_data<float>(op, "video", video, kFloat, pixels, tokens);
+  if (other) given.other = head_data<float>(op, "other", *other, kFloat, pixels, tokens);
+  given.factors = head_data<float>(op, "mix", mix, kFloat, 3 * video.size(0), tokens);
+  given.out = head_data<float>(op, "out", out, kFloat, pixels, tokens);
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  check_launch(op, snapkernels::head_mix(given, at, current_stream(tokens)));
+}
+
+void head_loss(Tensor tokens, Tensor video, Tensor sample, Tensor terms, Tensor norm_weight,
+               Tensor norm_bias, Tensor weight, Tensor bias, Tensor partial, Tensor out,
+               int64_t seed, std::vector<int64_t> group, double eps) {
+  const char* const op = "head_loss";
+  constexpr auto kLong = torch::headeronly::ScalarType::Long;
+  snapkernels::HeadGeometry at;
+  auto given =
+      head_arguments(op, tokens, norm_weight, norm_bias, weight, bias, video, group, eps, at);
+  given.video = head_data<float>(op, "video", video, kFloat, video.numel(), tokens);
+  given.factors = head_data<float>(op, "terms", terms, kFloat, 3 * video.size(0), tokens);
+  given.sample = head_data<int64_t>(op, "sample", sample, kLong, video.size(0), tokens);
+  given.partial =
+      head_data<float>(op, "partial", partial, kFloat, snapkernels::kHeadPartials, tokens);
+  given.out = head_data<float>(op, "out", out, kFloat, 1, tokens);
+  given.seed = seed;
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  check_launch(op, snapkernels::head_loss(given, at, current_stream(tokens)));
+}
+
+void forward_process(Tensor video, Tensor sigma, Tensor sample, Tensor x_sigma, double sigma_in,
+                     int64_t seed) {
+  const char* const op = "forward_process";
+  constexpr auto kLong = torch::headeronly::ScalarType::Long;
+  if (video.numel() == 0) return;
+  const int64_t batch = video.size(0), elements = video.numel() / batch;
+  STD_TORCH_CHECK(elements % 4 == 0 && batch <= 65535, op, ": size");
+  const auto* pixels = head_data<float>(op, "video", video, kFloat, video.numel(), video);
+  const auto* level = head_data<float>(op, "sigma", sigma, kFloat, batch, video);
+  const auto* number = head_data<int64_t>(op, "sample", sample, kLong, batch, video);
+  auto* noised = head_data<float>(op, "x_sigma", x_sigma, kFloat, video.numel(), video);
+  const torch::stable::accelerator::DeviceGuard guard(video.get_device_index());
+  check_launch(op, snapkernels::forward_process(pixels, level, number, noised, batch, elements / 4,
+                                                sigma_in, seed, current_stream(video)));
+}
+
+void stem(Tensor video, Tensor scale, std::optional<Tensor> low_res, Tensor weight, Tensor bias,
+          Tensor norm_weight, Tensor norm_bias, Tensor positions, Tensor tokens, Tensor rstd,
+          std::vector<int64_t> group, double eps) {
+  const char* const op = "stem";
+  constexpr auto kFloat32 = torch::headeronly::ScalarType::Float;
+  constexpr auto kBfloat16 = torch::headeronly::ScalarType::BFloat16;
+  constexpr int64_t kPatch = snapkernels::kStemPatch;
+  if (tokens.numel() == 0) return;
+  STD_TORCH_CHECK(video.dim() == 5 && weight.dim() == 2 && positions.dim() == 3 &&
+                      tokens.dim() == 4 && group.size() == 3 && (!low_res || low_res->dim() == 5),
+                  op, ": ranks");
+  STD_TORCH_CHECK(group[0] > 0 && group[1] > 0 && group[2] > 0, op, ": group");
+  const int64_t batch = video.size(0), channels = video.size(1), frames = video.size(2);
+  const int64_t height = video.size(3), columns = video.size(4);
+  const int64_t low_channels = low_res ? low_res->size(1) : 0;
+  const int64_t low_height = low_res ? low_res->size(3) : 0;
+  const int64_t low_width = low_res ? low_res->size(4) : 0;
+  STD_TORCH_CHECK(!low_res || (low_res->size(0) == batch && low_res->size(2) == frames &&
+                               low_channels > 0 && low_height > 0 && low_width > 0),
+                  op, ": low_res does not fit the video");
+  STD_TORCH_CHECK(channels + low_channels <= snapkernels::kStemMaxChannels, op, ": ",
+                  channels + low_channels, " channels");
+  const int64_t features = (channels + low_channels) * kPatch * kPatch, width = weight.size(0);
+  STD_TORCH_CHECK(weight.size(1) == features && width % 64 == 0, op, ": weight");
+
+  const int64_t group_rows = kPatch * group[1], group_columns = kPatch * group[2];
+  const int64_t groups_h = (height + group_rows - 1) / group_rows;
+  const int64_t groups = frames / group[0] * groups_h * (columns / group_columns);
+  const int64_t patches = group[0] * group[1] * group[2], tables = positions.size(0);
+  STD_TORCH_CHECK(frames % group[0] == 0 && columns % group_columns == 0 &&
+                      tokens.size(0) == batch && tokens.size(1) == groups &&
+                      tokens.size(2) == patches && tokens.size(3) == width,
+                  op, ": the tokens do not fit the video");
+  STD_TORCH_CHECK(groups % tables == 0 && positions.size(1) == patches, op, ": positions");
+  const int64_t count = batch * groups * patches;
+  STD_TORCH_CHECK(count <= INT32_MAX - 63 && height * columns <= INT32_MAX &&
+                      low_height * low_width <= INT32_MAX && tables * patches <= INT32_MAX,
+                  op, ": too large");
+
+  snapkernels::StemGeometry at;
+  at.batch = batch;
+  at.channels = channels;
+  at.frames = frames;
+  at.height = height;
+  at.width = columns;
+  at.low_channels = low_channels;
+  at.low_height = low_height;
+  at.low_width = low_width;
+  at.group_t = group[0];
+  at.group_h = group[1];
+  at.group_w = group[2];
+  at.tables = tables;
+  at.token_width = width;
+  snapkernels::StemArguments given;
+  given.video = head_data<float>(op, "video", video, kFloat32, video.numel(), tokens);
+  given.scale = head_data<float>(op, "scale", scale, kFloat32, batch, tokens);
+  given.low_res = nullptr;
+  if (low_res)
+    given.low_res = head_data<float>(op, "low_res", *low_res, kFloat32, low_res->numel(), tokens);
+  given.weight = head_data<void>(op, "weight", weight, kBfloat16, width * features, tokens);
+  given.bias = head_data<void>(op, "bias", bias, kBfloat16, width, tokens);
+  given.norm_weight = head_data<void>(op, "norm_weight", norm_weight, kBfloat16, width, tokens);
+  given.norm_bias = head_data<void>(op, "norm_bias", norm_bias, kBfloat16, width, tokens);
+  given.positions =
+      head_data<void>(op, "positions", positions, kBfloat16, tables * patches * width, tokens);
+  given.tokens = head_data<void>(op, "tokens", tokens, kBfloat16, count * width, tokens);
+  given.rstd = head_data<float>(op, "rstd", rstd, kFloat32, count, tokens);
+  given.eps = eps;
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  check_launch(op, snapkernels::stem(given, at, current_stream(tokens)));
+}
+
 // The hash of csrc/ that setup.py compiled, so that a stale library is noticed.
 int64_t sources() { return SNAPKERNELS_SOURCES; }
 
@@ -94,12 +281,35 @@ int64_t sources() { return SNAPKERNELS_SOURCES; }
 STABLE_TORCH_LIBRARY(snapkernels_cuda, m) {
   m.def("patchify(Tensor video, Tensor(a!) tokens, int patch, int[] group) -> ()");
   m.def("unpatchify(Tensor tokens, Tensor(a!) video, int patch, int[] group) -> ()");
+  m.def(
+      "head(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias,"
+      " Tensor(a!) out, int[] group, float eps) -> ()");
+  m.def(
+      "head_mix(Tensor tokens, Tensor video, Tensor? other, Tensor mix, Tensor norm_weight,"
+      " Tensor norm_bias, Tensor weight, Tensor bias, Tensor(a!) out, int[] group, float eps)"
+      " -> ()");
+  m.def(
+      "head_loss(Tensor tokens, Tensor video, Tensor sample, Tensor terms, Tensor norm_weight,"
+      " Tensor norm_bias, Tensor weight, Tensor bias, Tensor(a!) partial, Tensor(b!) out,"
+      " int seed, int[] group, float eps) -> ()");
+  m.def(
+      "forward_process(Tensor video, Tensor sigma, Tensor sample, Tensor(a!) x_sigma,"
+      " float sigma_in, int seed) -> ()");
+  m.def(
+      "stem(Tensor video, Tensor scale, Tensor? low_res, Tensor weight, Tensor bias,"
+      " Tensor norm_weight, Tensor norm_bias, Tensor positions, Tensor(a!) tokens,"
+      " Tensor(b!) rstd, int[] group, float eps) -> ()");
   m.def("sources() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CUDA, m) {
   m.impl("patchify", TORCH_BOX(&patchify));
   m.impl("unpatchify", TORCH_BOX(&unpatchify));
+  m.impl("head", TORCH_BOX(&head));
+  m.impl("head_mix", TORCH_BOX(&head_mix));
+  m.impl("head_loss", TORCH_BOX(&head_loss));
+  m.impl("forward_process", TORCH_BOX(&forward_process));
+  m.impl("stem", TORCH_BOX(&stem));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CompositeExplicitAutograd, m) {

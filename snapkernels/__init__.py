@@ -5,9 +5,14 @@ from snapkernels.ops.feed_forward.op import feed_forward
 from snapkernels.ops.feed_forward.weights import FeedForwardWeights
 from snapkernels.ops.group_attn.op import group_read, group_write
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
+from snapkernels.ops.head.op import head, head_loss, head_mix, video_mix
+from snapkernels.ops.head.weights import HeadWeights
 from snapkernels.ops.latent_attn.op import latent_attention
 from snapkernels.ops.latent_attn.weights import SelfAttentionWeights
+from snapkernels.ops.noise.op import forward_process
 from snapkernels.ops.patch.op import patchify, unpatchify
+from snapkernels.ops.stem.op import stem
+from snapkernels.ops.stem.weights import StemWeights
 
 __all__ = [
     "CrossAttentionWeights",
@@ -15,13 +20,21 @@ __all__ = [
     "FeedForwardWeights",
     "GroupRead",
     "GroupWrite",
+    "HeadWeights",
     "LatentAttention",
     "SelfAttentionWeights",
+    "StemWeights",
     "feed_forward",
+    "forward_process",
     "group_read",
     "group_write",
+    "head",
+    "head_loss",
+    "head_mix",
     "latent_attention",
     "patchify",
+    "stem",
     "unpatchify",
+    "video_mix",
 ]
 __version__ = "0.1.0"

@@ -47,9 +47,21 @@ def _interpreted(backend: Backend) -> bool:
     return env.INTERPRET and backend.name == "triton"
 
 
-def implementation(backend: Backend) -> Callable[..., torch.Tensor]:
+def implementation(backend: Backend) -> Callable[..., Any]:
     """The function of `backend`, imported now if it was named by its module."""
     return _import(backend.run) if isinstance(backend.run, str) else backend.run
+
+
+def backward_of(backend: Backend) -> Callable[..., Any]:
+    """The function of the backward of `backend`, which has one, imported like the forward's."""
+    assert backend.backward is not None
+    return _import(backend.backward) if isinstance(backend.backward, str) else backend.backward
+
+
+def output_of(backend: Backend, *values: Any) -> torch.Tensor:
+    """What `backend` makes of inputs and options, without what it saves for its backward."""
+    result = implementation(backend)(*values)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def explain(spec: Spec, *values: Any) -> str:
@@ -89,7 +101,7 @@ def has_triton() -> bool:
 
 
 @cache
-def _import(path: str) -> Callable[..., torch.Tensor]:
+def _import(path: str) -> Callable[..., Any]:
     if env.INTERPRET:
         importlib.import_module("snapkernels.interpreter").install()
     module, _, function = path.partition(":")

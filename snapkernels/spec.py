@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from snapkernels.validate import Arguments, Rule
+from snapkernels.validate import Arguments, Dtype, Rule, resolved
 
 Sizes = dict[str, int]
 Tier = Literal["cpu", "gpu", "paper"]
@@ -16,27 +16,65 @@ OPTION_CHECKS: dict[str, Check] = {
     "int[3]": Arguments.three,
     "probability": Arguments.probability,
     "float": Arguments.number,
+    "positive": Arguments.positive,
+    "seed": Arguments.seed,
 }
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # and not a tensor that stands for one in a trace
 
 
 @dataclass(frozen=True)
 class Tensor:
     """A tensor argument or result, by its dimensions: Tensor("B G N P").
 
-    A first dimension "..." stands for any number. `dtype` None is that of the op's first tensor.
+    A first dimension "..." stands for any number.
+
+    Attributes:
+        dtype: None for that of the call, which the first such input sets; "free" for any floating
+            one; "wide" for the call's but at least float32; or one by name.
+        optional: whether None is taken.
+        grad: whether it has a gradient: "asked" for one that training does not need, so that
+            proofs want it and benches do not. What is not floating point has none.
+        positive: whether every element has to be above 0. That is held against a CPU tensor;
+            elsewhere it would wait for the device, and what is not above 0 gives NaN.
     """
 
     text: str
-    dtype: torch.dtype | None = None
+    dtype: Dtype = None
     optional: bool = False
+    grad: Literal["always", "asked", "never"] = "always"
+    positive: bool = False
     dims: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", tuple(self.text.split()))
 
+    @property
+    def differentiable(self) -> bool:
+        return self.grad != "never" and not isinstance(self.dtype, torch.dtype)
+
     def bind(self, args: Arguments, name: str, value: Any) -> None:
         if value is not None or not self.optional:
             args.bind(name, value, self.dims, dtype=self.dtype)
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether more than shape, dtype and device has to be right."""
+        return self.grad == "never" or self.positive
+
+    def look_inside(self, args: Arguments, name: str, value: Any) -> None:
+        """Check what two tensors of one shape, dtype and device may differ in."""
+        if type(value) not in PLAIN or torch.compiler.is_compiling():
+            return
+        if self.grad == "never" and value.requires_grad and torch.is_grad_enabled():
+            args.fail(f"{name} has no gradient here, but requires one: detach it")
+        if self.positive and value.device.type == "cpu" and not (value > 0).all():
+            args.fail(f"{name} must be above 0, got {value.tolist()}")
+
+    def shape(self, sizes: Sizes) -> list[int]:
+        """Its shape in a call of `sizes`."""
+        return [sizes[dim] for dim in self.dims]
 
 
 @dataclass(frozen=True)
@@ -56,12 +94,17 @@ class Backend:
 
     Attributes:
         name: what a caller writes in `backend=`.
-        run: the function, or "module:function" to be imported at first use.
-        refuses: with the same arguments, why it cannot run them, or None.
+        run: the function, or "module:function" to be imported at first use. It returns the
+            output; of a backend with `backward`, the spec's `saved` after it.
+        backward: likewise, called with what gradients are needed, the output's gradient and what
+            was saved, then the inputs and options: the gradients of every differentiable tensor
+            of the inputs, None where one is not needed. Without it PyTorch differentiates `run`.
+        refuses: with the same arguments as `run`, why it cannot run them, or None.
     """
 
     name: str
-    run: Callable[..., torch.Tensor] | str
+    run: Callable[..., Any] | str
+    backward: Callable[..., Any] | str | None = None
     refuses: Callable[..., str | None] = lambda *_: None
 
 
@@ -88,7 +131,8 @@ class Case:
 class Mutant:
     """A seeded bug: the source of `backend` with `find`, which it has once, replaced.
 
-    The source is the module of the backend's function or, for a compiled one, `file` in csrc.
+    The source is the module of the backend's function, or of its backward's, or, for a compiled
+    one, `file` in csrc.
     """
 
     name: str
@@ -96,6 +140,7 @@ class Mutant:
     find: str
     replace: str
     file: str | None = None
+    backward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +169,7 @@ class Spec:
         options: {argument: a key of `OPTION_CHECKS`}; the parts of an int[3] are name[0] to [2].
         rules: between sizes and options, see `snapkernels.validate`.
         output: the result.
+        saved: {what a kernel keeps for its backward: its form}.
         backends: in the order they are tried.
         reference: the equation, differentiable, in the dtype it is given.
         cases, mutants: what it is proved with.
@@ -131,6 +177,8 @@ class Spec:
         flops: of a forward call, from its sizes.
         exact: a result is right only if it is the reference's, bit for bit.
         residual: the input that the op adds its branch to; errors are measured on the branch.
+        moves: its time is that of moving its bytes, so a copy of them is timed beside it.
+        compiled_beside: torch.compile of the eager backend is timed beside it.
         backward_reads: the inputs that the backward pass has to read.
         sass: {GPU architecture: instructions that every Triton kernel has there}.
         most_registers: of a thread of its Triton kernels; 255 is all that there are.
@@ -144,6 +192,7 @@ class Spec:
     options: dict[str, str]
     rules: tuple[str, ...] = ()
     output: Tensor
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
     backends: tuple[Backend, ...]
     reference: Callable[..., torch.Tensor]
     cases: tuple[Case, ...]
@@ -152,10 +201,13 @@ class Spec:
     flops: Callable[[Sizes], int] = lambda sizes: 0
     exact: bool = False
     residual: str | None = None
+    moves: bool = False
+    compiled_beside: bool = False
     backward_reads: tuple[str, ...] = ()
     sass: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     most_registers: int = 255
     checks: tuple[tuple[str, Check], ...] = field(init=False, repr=False)
+    inner_checks: tuple[tuple[int, str, Tensor], ...] = field(init=False, repr=False)
     parsed_rules: tuple[Rule, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -163,6 +215,12 @@ class Spec:
         checks += [(name, tensor.bind) for name, tensor in self.inputs.items()]
         checks += [(name, OPTION_CHECKS[kind]) for name, kind in self.options.items()]
         object.__setattr__(self, "checks", tuple(checks))
+        inner = [
+            (position, name, declared)
+            for position, (name, declared) in enumerate(self.inputs.items())
+            if isinstance(declared, Tensor) and declared.looks_inside
+        ]
+        object.__setattr__(self, "inner_checks", tuple(inner))
         object.__setattr__(self, "parsed_rules", tuple(map(Rule.parse, self.rules)))
 
     def check(self, *values: Any) -> Sizes:
@@ -176,7 +234,17 @@ class Spec:
             check(args, name, value)
         for rule in self.parsed_rules:
             args.hold(rule)
+        self.look_inside(*values)
         return args.sizes
+
+    def look_inside(self, *values: Any) -> None:
+        """Check of a call that was checked at these shapes, dtypes and device what may differ.
+
+        Raises:
+            ValueError: as `check` does.
+        """
+        for position, name, tensor in self.inner_checks:
+            tensor.look_inside(Arguments(self.name), name, values[position])
 
     def backend(self, name: str) -> Backend:
         """The backend called `name`.
@@ -189,6 +257,47 @@ class Spec:
                 return backend
         names = ", ".join(repr(backend.name) for backend in self.backends)
         raise ValueError(f"{self.name}: backend={name!r} is not one of {names}")
+
+    def flatten(self, values: tuple[Any, ...]) -> list[Any]:
+        """The inputs of `values`, inputs and options, those of named tuples one by one."""
+        found: list[Any] = []
+        for declared, value in zip(self.inputs.values(), values, strict=False):
+            found += list(value) if isinstance(declared, Fields) else [value]
+        return found
+
+    def unflatten(self, flat: list[Any]) -> list[Any]:
+        """The inputs of which `flatten` made `flat`."""
+        rest, found = iter(flat), []
+        for declared in self.inputs.values():
+            if isinstance(declared, Fields):
+                found.append(declared.kind(*(next(rest) for _ in declared.dims)))
+            else:
+                found.append(next(rest))
+        return found
+
+    @property
+    def differentiable(self) -> list[bool]:
+        """Which of the flattened inputs have gradients."""
+        found = []
+        for declared in self.inputs.values():
+            if isinstance(declared, Fields):
+                found += [True] * len(declared.dims)
+            else:
+                found.append(declared.differentiable)
+        return found
+
+    def call_dtype(self, values: tuple[Any, ...]) -> torch.dtype:
+        """The dtype that a call's first input without one of its own sets."""
+        for declared, value in zip(self.inputs.values(), values, strict=False):
+            if isinstance(declared, Fields):
+                return value[0].dtype
+            if declared.dtype is None:
+                return value.dtype
+        raise AssertionError(f"{self.name}: every input has a dtype of its own")
+
+    def result_dtype(self, values: tuple[Any, ...]) -> torch.dtype:
+        """The dtype of the output of a call."""
+        return resolved(self.output.dtype, self.call_dtype(values))
 
     def case_id(self, case: Case, direction: str) -> str:
         """As tests, benches, records and NVTX ranges call it: "op/patchify/up-b1/fwd"."""

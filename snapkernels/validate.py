@@ -1,14 +1,20 @@
 """Argument checks: named dimensions, one dtype and one device per call, rules between sizes.
 
 A rule is text: "T / group[0]" says that the product on the left divides without rest by the one on
-the right, and "N = group[0] * group[1]" names a size, or holds an argument's size against it.
+the right, "N = group[0] * group[1]" names a size, or holds an argument's size against it, and
+"R = ceil(H / patch)" rounds up. A factor may be a number, or a sum such as (C + c) of sizes, where
+that of an argument left out is 0.
 """
 
 import re
 from math import prod
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
+
+# What a tensor's dtype is: one by name; any floating one, on its own; that of the call, but at
+# least float32; or, for None, that of the call, which the first such tensor sets.
+Dtype = torch.dtype | Literal["free", "wide"] | None
 
 
 def _positive(value: Any) -> bool:
@@ -18,20 +24,23 @@ def _positive(value: Any) -> bool:
 
 
 class Rule(NamedTuple):
-    """One rule between sizes: [name =] product of `over` [/ product of `under`]."""
+    """One rule between sizes: [name =] product of `over` [/ product of `under`, rounded up]."""
 
     text: str
     name: str | None
     over: tuple[str, ...]
     under: tuple[str, ...]
+    up: bool
 
     @classmethod
     def parse(cls, text: str) -> "Rule":
-        """Read "H / (patch * group[1])" or "P = C * patch * patch"."""
+        """Read "H / (patch * group[1])", "P = C * patch * patch" or "R = ceil(H / patch)"."""
         name, equals, ratio = text.rpartition("=")
-        over, _, under = ratio.partition("/")
-        factors = re.compile(r"[\w\[\]]+").findall
-        return cls(text, name.strip() if equals else None, (*factors(over),), (*factors(under),))
+        up = ratio.strip().startswith("ceil(")
+        over, _, under = ratio.replace("ceil(", "").partition("/")
+        factors = re.compile(r"[\w\[\]]+(?: \+ [\w\[\]]+)*").findall
+        named = name.strip() if equals else None
+        return cls(text, named, (*factors(over),), (*factors(under),), up)
 
 
 class Arguments:
@@ -46,7 +55,8 @@ class Arguments:
         self.op = op
         self.sizes: dict[str, int] = {}
         self._bound_by: dict[str, str] = {}
-        self._first: tuple[str, torch.Tensor] | None = None
+        self._placed: tuple[str, torch.Tensor] | None = None  # the first tensor, for the device
+        self._typed: tuple[str, torch.Tensor] | None = None  # the first of the call's dtype
 
     def bind(
         self,
@@ -54,23 +64,23 @@ class Arguments:
         tensor: torch.Tensor,
         dims: tuple[str, ...],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype = None,
     ) -> None:
         """Check that `tensor` has the dimensions called `dims` and remember their sizes.
 
         A first dimension "..." stands for any number; its size is their product. The first tensor
-        must be floating point and sets device and dtype for the others, unless one names its own
-        `dtype`.
+        sets the device of the others; the first of no dtype of its own must be floating point and
+        sets theirs.
         """
         if not isinstance(tensor, torch.Tensor):
             self.fail(f"{name} must be a tensor, got {type(tensor).__name__}")
         shape: tuple[int, ...] = tensor.shape
-        if dims[0] == "..." and len(shape) >= len(dims) - 1:
+        if dims[:1] == ("...",) and len(shape) >= len(dims) - 1:
             leading = len(shape) - len(dims) + 1
             shape = (prod(shape[:leading]), *shape[leading:])
         if len(shape) != len(dims):
-            least = "at least " * (dims[0] == "...")
-            wanted = len(dims) - (dims[0] == "...")
+            least = "at least " * (dims[:1] == ("...",))
+            wanted = len(dims) - (dims[:1] == ("...",))
             self.fail(
                 f"{name} must have {least}{wanted} dimensions ({', '.join(dims)}), "
                 f"got shape {tuple(tensor.shape)}"
@@ -92,9 +102,9 @@ class Arguments:
         if getattr(fields, "_fields", None) != tuple(dims):
             self.fail(f"{name} must have the fields {', '.join(dims)}, got {type(fields).__name__}")
         known = self.sizes.get
-        first = self._first[1] if self._first else None
-        dtype, device = (first.dtype, first.device) if first is not None else (None, None)
         for (field, names), tensor in zip(dims.items(), fields, strict=True):
+            first = self._typed[1] if self._typed else None
+            dtype, device = (first.dtype, first.device) if first is not None else (None, None)
             # What fits is passed over in half a microsecond: a host-bound model feels the rest.
             if not (
                 isinstance(tensor, torch.Tensor)
@@ -124,6 +134,17 @@ class Arguments:
         if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
             self.fail(f"{name} must be in [0, 1), got {value!r}")
 
+    def positive(self, name: str, value: Any) -> None:
+        """Check that `value` is a finite number above 0."""
+        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            self.fail(f"{name} must be a finite number above 0, got {value!r}")
+
+    def seed(self, name: str, value: Any) -> None:
+        """Check that `value` is an int from 0 to 2^63 - 1."""
+        whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+        if not whole or not 0 <= value < 2**63:
+            self.fail(f"{name} must be an int from 0 to 2^63 - 1, got {value!r}")
+
     def number(self, name: str, value: Any) -> None:
         """Check that `value` is a number that is not negative."""
         if not isinstance(value, (int, float)) or not value >= 0:
@@ -134,9 +155,11 @@ class Arguments:
         sizes = self.sizes
         whole, part = 1, 1
         for factor in rule.over:
-            whole = whole * sizes[factor]
+            whole = whole * self._value(factor)
         for factor in rule.under:
-            part = part * sizes[factor]
+            part = part * self._value(factor)
+        if rule.up:
+            whole = -(-whole // part) * part
         if part != 1 and whole % part:
             self.fail(f"{self._product(rule.over)} is not divisible by {self._product(rule.under)}")
         if rule.name is None:
@@ -152,25 +175,43 @@ class Arguments:
         """Raise ValueError, naming the op."""
         raise ValueError(f"{self.op}: {message}")
 
+    def _value(self, factor: str) -> int:
+        if factor.isdecimal():
+            return int(factor)
+        if " + " in factor:
+            return sum(self.sizes.get(term, 0) for term in factor.split(" + "))
+        return self.sizes[factor]
+
     def _product(self, factors: tuple[str, ...]) -> str:
-        values = [self.sizes[factor] for factor in factors]
+        values = [self._value(factor) for factor in factors]
         shown = " * ".join(factors)
         if len(values) > 1:
             shown += f" = {' * '.join(map(str, values))}"
         return f"{shown} = {prod(values)}"
 
-    def _check_dtype_and_device(
-        self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None
-    ) -> None:
-        if self._first is None:
-            if not tensor.is_floating_point():
-                self.fail(f"{name} must be floating point, got {tensor.dtype}")
-            self._first = (name, tensor)
-            return
-        first_name, first = self._first
-        wanted = first.dtype if dtype is None else dtype
-        if tensor.dtype != wanted:
-            because = f" like {first_name}" if dtype is None else ""
-            self.fail(f"{name} must be {wanted}{because}, got {tensor.dtype}")
+    def _check_dtype_and_device(self, name: str, tensor: torch.Tensor, dtype: Dtype) -> None:
+        if self._placed is None:
+            self._placed = (name, tensor)
+        first_name, first = self._placed
         if tensor.device != first.device:
             self.fail(f"{name} is on {tensor.device}, but {first_name} is on {first.device}")
+        if dtype == "free" or (dtype is None and self._typed is None):
+            if not tensor.is_floating_point():
+                self.fail(f"{name} must be floating point, got {tensor.dtype}")
+            if dtype is None:
+                self._typed = (name, tensor)
+            return
+        like = ""
+        if not isinstance(dtype, torch.dtype):
+            assert self._typed is not None
+            typed_name, typed = self._typed
+            dtype, like = resolved(dtype, typed.dtype), f" like {typed_name}"
+        if tensor.dtype != dtype:
+            self.fail(f"{name} must be {dtype}{like}, got {tensor.dtype}")
+
+
+def resolved(dtype: Dtype, of_call: torch.dtype) -> torch.dtype:
+    """The dtype that `dtype` is in a call of `of_call`; a free one is as wide as "wide"."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return of_call if dtype is None else torch.promote_types(of_call, torch.float32)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from snapvideo_core.fit import Conditioning, at_least_fp32
+from snapkernels import video_mix
+from snapvideo_core.fit import FIT, Conditioning, Loss, Mix, at_least_fp32
 
 Network = Callable[
     [torch.Tensor, torch.Tensor, Conditioning, torch.Tensor | None],
@@ -56,8 +57,13 @@ class Diffusion(ABC):
         """Output scaling."""
 
     @abstractmethod
+    def target_terms(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What data and noise are multiplied by in the training target F_tgt."""
+
     def target(self, x: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Training target F_tgt."""
+        of_x, of_eps = self.target_terms(sigma)
+        return of_x * x + of_eps * eps
 
     @abstractmethod
     def weight(self, sigma: torch.Tensor) -> torch.Tensor:
@@ -103,14 +109,58 @@ class Diffusion(ABC):
         """One denoiser evaluation (eq. 2): D(x_sigma), float32 or wider, and the final latents.
 
         Args:
-            network: a `FIT`, or any callable of its signature.
+            network: a `FIT`, or any callable (x, sigma, cond, previous) -> (F, latents) of what
+                `network_input` makes; a FIT scales and ends in D itself.
             x_sigma: (B, 3, T, H, W) noisy videos.
             sigma_B: (B,) their noise levels.
             cond, previous: as in `FIT.forward`.
         """
+        if isinstance(network, FIT):
+            level = checked(sigma_B, x_sigma)
+            mix = torch.stack([self.c_out(level), self.c_skip(level), 0 * level], dim=1)
+            end = Mix(mix=mix, video=x_sigma)
+            return network(x_sigma, sigma_B, cond, previous, scale_B=self.c_in(level), end=end)
         sigma = _broadcast(sigma_B, x_sigma)
         F, latents = network(self.network_input(x_sigma, sigma_B), sigma_B, cond, previous)
         return self.c_skip(sigma) * x_sigma + self.c_out(sigma) * at_least_fp32(F), latents
+
+    def guided(
+        self,
+        F: torch.Tensor,
+        null_F: torch.Tensor,
+        x_sigma: torch.Tensor,
+        sigma_B: torch.Tensor,
+        weight: float,
+    ) -> torch.Tensor:
+        """Classifier-free guidance: D = (1 + weight) D(cond) - weight D(null), float32 or wider.
+
+        Args:
+            F, null_F: (B, 3, T, H, W) outputs of the network with and without the condition.
+            x_sigma: (B, 3, T, H, W) noisy videos.
+            sigma_B: (B,) their noise levels.
+            weight: 0 is D(cond) alone.
+        """
+        sigma = checked(sigma_B, x_sigma)
+        c_out = self.c_out(sigma)
+        mix = torch.stack([(1 + weight) * c_out, self.c_skip(sigma), -weight * c_out], dim=1)
+        return video_mix(F, x_sigma, null_F, mix)
+
+    def loss_end(
+        self, x: torch.Tensor, sample_B: torch.Tensor, sigma_B: torch.Tensor, *, seed: int
+    ) -> Loss:
+        """The training loss (eq. 3) as the end of a `FIT`, for noise that is counted.
+
+        Args:
+            x: (B, 3, T, H, W) data.
+            sample_B: (B,) int64, as in `snapkernels.forward_process`.
+            sigma_B: (B,) noise levels.
+            seed: as in `snapkernels.forward_process`.
+        """
+        sigma = checked(sigma_B, x)
+        of_x, of_eps = self.target_terms(sigma)
+        scale = self.c_nrm(sigma)
+        terms = torch.stack([self.weight(sigma), scale * of_x, scale * of_eps], dim=1)
+        return Loss(terms=terms, video=x, sample=sample_B, seed=seed)
 
     def loss(
         self, F: torch.Tensor, x: torch.Tensor, eps: torch.Tensor, sigma_B: torch.Tensor
@@ -144,8 +194,8 @@ class SnapDiffusion(Diffusion):
         scale = self.sigma_in * self.sigma_data
         return -scale * sigma * (sigma**2 + data).sqrt() / (data + self.sigma_in * sigma**2)
 
-    def target(self, x: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return self.sigma_data**2 * eps - sigma * x
+    def target_terms(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return -sigma, torch.full_like(sigma, self.sigma_data**2)
 
     def weight(self, sigma: torch.Tensor) -> torch.Tensor:
         data = self.sigma_data**2
@@ -164,20 +214,29 @@ class EDMDiffusion(Diffusion):
     def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
         return sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
 
-    def target(self, x: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def target_terms(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         spurious = self.sigma_data**2 * (self.sigma_in - 1) / (self.sigma_in * sigma)
-        return sigma * x - self.sigma_data**2 * eps + spurious * x
+        return sigma + spurious, torch.full_like(sigma, -(self.sigma_data**2))
 
     def weight(self, sigma: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(sigma)
 
 
-def _broadcast(sigma_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B, 1, ..., 1) of `like`'s rank, float32 or wider.
+def checked(sigma_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`sigma_B`, (B,) noise levels of `like` (B, ...), float32 or wider; NaN where not above 0.
 
     Raises:
-        ValueError: sigma is not (B,).
+        ValueError: sigma is not (B,), or on the CPU and not above 0 (elsewhere to look at it would
+            wait for the device).
     """
     if sigma_B.shape != like.shape[:1]:
         raise ValueError(f"sigma must be {tuple(like.shape[:1])}, got {tuple(sigma_B.shape)}")
-    return at_least_fp32(sigma_B).view(-1, *[1] * (like.dim() - 1))
+    positive = sigma_B > 0
+    if sigma_B.device.type == "cpu" and not torch.compiler.is_compiling() and not positive.all():
+        raise ValueError(f"sigma must be above 0, got {sigma_B.tolist()}")
+    return torch.where(positive, at_least_fp32(sigma_B), torch.nan)
+
+
+def _broadcast(sigma_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`checked`, as (B, 1, ..., 1) of `like`'s rank."""
+    return checked(sigma_B, like).view(-1, *[1] * (like.dim() - 1))

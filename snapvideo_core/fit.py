@@ -14,12 +14,24 @@ L latent tokens, S conditioning tokens, D the width of whichever token it is.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from snapkernels import FeedForward, GroupRead, GroupWrite, LatentAttention, patchify, unpatchify
+from snapkernels import (
+    FeedForward,
+    GroupRead,
+    GroupWrite,
+    HeadWeights,
+    LatentAttention,
+    StemWeights,
+    head,
+    head_loss,
+    head_mix,
+    stem,
+)
 from snapvideo_core.config import FITConfig
 
 EPS = 1e-6  # of every LayerNorm, as in RIN and FIT
@@ -52,6 +64,38 @@ class Conditioning:
         The scalars and the mask stay, so one static graph serves both.
         """
         return replace(self, text=torch.where(keep[:, None, None], self.text, 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What `FIT.forward` is to end in: mix[:, 0] F + mix[:, 1] video + mix[:, 2] other.
+
+    Attributes:
+        mix: (B, 3) coefficients.
+        video, other: (B, 3, T, H, W); no other where it is None.
+    """
+
+    mix: torch.Tensor
+    video: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What `FIT.forward` is to end in: the mean of terms[:, 0] (F - terms[:, 1] video -
+    terms[:, 2] eps)^2, with eps that of `forward_process` for the same seed and samples.
+
+    Attributes:
+        terms: (B, 3) coefficients.
+        video: (B, 3, T, H, W) data.
+        sample: (B,) int64.
+        seed: from 0 to 2^63 - 1.
+    """
+
+    terms: torch.Tensor
+    video: torch.Tensor
+    sample: torch.Tensor
+    seed: int
 
 
 class ScalarEmbedding(nn.Module):
@@ -205,32 +249,46 @@ class FIT(nn.Module):
         sigma_B: torch.Tensor,
         cond: Conditioning,
         previous_BLD: torch.Tensor | None = None,
+        *,
+        scale_B: torch.Tensor | None = None,
+        end: Mix | Loss | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Evaluate the network once.
 
         Args:
-            x_BCTHW: (B, 3, T, H, W), c_in(sigma) x_sigma, any floating dtype; like
-                `previous_BLD` it is cast to the weights' dtype.
+            x_BCTHW: (B, 3, T, H, W), c_in(sigma) x_sigma or, with `scale_B`, x_sigma; any floating
+                dtype, and like `previous_BLD` cast to the weights' dtype.
             sigma_B: (B,) noise levels, above 0 (not checked: that would wait for the device).
             cond: conditioning of the same B videos.
             previous_BLD: (B, L, latent_dim), the latents of the previous evaluation; None for none.
+            scale_B: (B,), c_in(sigma), which x is then multiplied by.
+            end: what to make of F without storing it; None for F itself.
 
         Returns:
-            F, (B, 3, T, H, W), and the final latents (B, L, latent_dim), in the weights' dtype.
+            F or what `end` makes of it, float32 or wider, and the final latents
+            (B, L, latent_dim), in the weights' dtype.
 
         Raises:
             ValueError: sizes that are not the config's, or an upsampler's conditioning missing.
         """
         config, dtype = self.config, self.positions.dtype
         self._check(x_BCTHW, sigma_B, cond, previous_BLD)
-        if cond.low_res is not None:
-            low_res = upsample(cond.low_res.to(x_BCTHW.dtype), (config.height, config.width))
-            x_BCTHW = torch.cat([x_BCTHW, low_res], dim=1)
-        rows_below = config.padded_height - config.height
-        padded = functional.pad(x_BCTHW.to(dtype), (0, 0, 0, rows_below))
-        patches = patchify(padded, patch=config.patch, group=config.group, backend=self.backend)
-        x = self.stem_norm(self.stem(patches)) + self.positions
-
+        x = stem(
+            x_BCTHW,
+            torch.ones_like(sigma_B, dtype=torch.float32) if scale_B is None else scale_B,
+            cond.low_res,
+            StemWeights(
+                self.stem.weight,
+                self.stem.bias,
+                self.stem_norm.weight,
+                self.stem_norm.bias,
+                self.positions,
+            ),
+            patch=config.patch,
+            group=config.group,
+            eps=EPS,
+            backend=self.backend,
+        )
         if previous_BLD is None:
             previous_BLD = x.new_zeros(len(x), config.num_latents, config.latent_dim)
         z = self.self_conditioning(previous_BLD.to(dtype))
@@ -238,15 +296,24 @@ class FIT(nn.Module):
         c = c.to(dtype)  # under autocast the tokens come narrower than the weights
         for block in self.blocks:
             z, x = block(z, x, c, c_mask)
+        return self._ended(x, end), z
 
-        F = unpatchify(
-            self.head(self.head_norm(x)),
-            size=(config.frames, config.padded_height, config.width),
-            patch=config.patch,
-            group=config.group,
-            backend=self.backend,
+    def _ended(self, x_BGND: torch.Tensor, end: Mix | Loss | None) -> torch.Tensor:
+        config = self.config
+        w = HeadWeights(
+            self.head_norm.weight, self.head_norm.bias, self.head.weight, self.head.bias
         )
-        return F[..., : config.height, :], z
+        at: dict[str, Any] = {
+            "patch": config.patch,
+            "group": config.group,
+            "eps": EPS,
+            "backend": self.backend,
+        }
+        if isinstance(end, Mix):
+            return head_mix(x_BGND, end.video, end.other, end.mix, w, **at)
+        if isinstance(end, Loss):
+            return head_loss(x_BGND, end.video, end.sample, end.terms, w, seed=end.seed, **at)
+        return head(x_BGND, w, size=(config.frames, config.height, config.width), **at)
 
     def _check(
         self,
@@ -281,15 +348,6 @@ class FIT(nn.Module):
             fits = tensor.dtype == torch.bool if kind == "bool" else tensor.is_floating_point()
             if tuple(tensor.shape) != shape or not fits:
                 raise ValueError(f"{must}, got {tensor.dtype} {tuple(tensor.shape)}")
-
-
-def upsample(video_BCTHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, frame by frame (half-pixel centres): (B, C, T, h, w) -> (B, C, T, *size)."""
-    frames = video_BCTHW.transpose(1, 2)
-    resized = functional.interpolate(
-        frames.flatten(0, 1), size=size, mode="bilinear", align_corners=False
-    )
-    return resized.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from snapvideo_core.diffusion import Diffusion, Network
-from snapvideo_core.fit import Conditioning
+from snapvideo_core.fit import FIT, Conditioning, Mix
 
 
 def sigma_schedule(
@@ -71,15 +71,71 @@ def sample(
     """
     if getattr(network, "training", False):
         raise ValueError("the network is in training mode, so dropout acts: call eval() on it")
-    denoiser = SelfConditionedDenoiser(network, diffusion, cond)
     with torch.no_grad():
+        if isinstance(network, FIT) and noise.dtype != torch.float64:
+            return _sample_in_the_head(network, diffusion, cond, noise, sigmas, second_order)
         return integrate(
-            denoiser,
+            SelfConditionedDenoiser(network, diffusion, cond),
             noise,
             sigmas=sigmas,
             sigma_in=diffusion.sigma_in,
             second_order=second_order,
         )
+
+
+def _sample_in_the_head(
+    network: FIT,
+    diffusion: Diffusion,
+    cond: Conditioning,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    second_order: bool,
+) -> torch.Tensor:
+    """`integrate`, with every step's arithmetic done by the head that makes F.
+
+    An Euler step and Heun's correction are sums of F, the state and, in the correction, the state
+    before: x ahead holds the first slope.
+    """
+    levels = _checked_levels(sigmas, diffusion.sigma_in)
+    batch = len(noise)
+    sigma = torch.tensor(levels, dtype=torch.float64)
+    before, after = sigma[:-1], sigma[1:]
+    euler = _step_mix(diffusion, before, after - before)
+    heun = _step_mix(diffusion, after.clamp(min=1e-300), (after - before) / 2)
+    heun[:, 1] -= 0.5  # the correction starts half from x ahead, which Euler's step adds whole
+    heun[:, 2] = 0.5
+    scales = diffusion.c_in(sigma)
+
+    def to_device(per_step: torch.Tensor) -> torch.Tensor:
+        """(steps, ...) as (steps, B, ...), one copy for the whole run."""
+        wide = per_step.to(noise.device, torch.float32)
+        return wide.unsqueeze(1).expand(-1, batch, *wide.shape[1:]).contiguous()
+
+    sigma_B, scale_B, euler_B3, heun_B3 = map(to_device, (sigma, scales, euler, heun))
+    x = noise.float() * levels[0]
+    latents = None
+    for step in range(len(levels) - 1):
+        end = Mix(mix=euler_B3[step], video=x)
+        ahead, latents = network(x, sigma_B[step], cond, latents, scale_B=scale_B[step], end=end)
+        if second_order and levels[step + 1] > 0:
+            end = Mix(mix=heun_B3[step], video=ahead, other=x)
+            at = step + 1
+            ahead, latents = network(
+                ahead, sigma_B[at], cond, latents, scale_B=scale_B[at], end=end
+            )
+        x = ahead
+    return x * diffusion.sigma_in
+
+
+def _step_mix(diffusion: Diffusion, at: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """(steps, 3): x + step (x - D / sigma_in) / at, as a sum of F, x and another video.
+
+    D is c_out F + c_skip x; the slope is that at the noise level `at`.
+    """
+    rate, sigma_in = step / at, diffusion.sigma_in
+    of_F = -rate * diffusion.c_out(at) / sigma_in
+    of_x = 1 + rate * (1 - diffusion.c_skip(at) / sigma_in)
+    return torch.stack([of_F, of_x, torch.zeros_like(at)], dim=1)
 
 
 def integrate(
@@ -108,12 +164,7 @@ def integrate(
     Raises:
         ValueError: sigmas that do not fall strictly to 0, or sigma_in not above 0.
     """
-    levels = torch.as_tensor(sigmas).tolist()
-    falling = all(math.inf > a > b for a, b in pairwise(levels))
-    if len(levels) < 2 or not falling or levels[-1] != 0:
-        raise ValueError(f"sigmas must fall strictly and end in 0, got {levels}")
-    if not sigma_in > 0:
-        raise ValueError(f"sigma_in must be above 0, got {sigma_in!r}")
+    levels = _checked_levels(sigmas, sigma_in)
     x = noise.to(torch.promote_types(noise.dtype, torch.float32)) * levels[0]
 
     def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -127,6 +178,16 @@ def integrate(
             ahead = x + (following - sigma) * (d + slope(ahead, following)) / 2
         x = ahead
     return x * sigma_in
+
+
+def _checked_levels(sigmas: torch.Tensor, sigma_in: float) -> list[float]:
+    levels = torch.as_tensor(sigmas).tolist()
+    falling = all(math.inf > a > b for a, b in pairwise(levels))
+    if len(levels) < 2 or not falling or levels[-1] != 0:
+        raise ValueError(f"sigmas must fall strictly and end in 0, got {levels}")
+    if not sigma_in > 0:
+        raise ValueError(f"sigma_in must be above 0, got {sigma_in!r}")
+    return levels
 
 
 class SelfConditionedDenoiser:

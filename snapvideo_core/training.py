@@ -2,7 +2,8 @@
 
 import torch
 
-from snapvideo_core.diffusion import Diffusion
+from snapkernels import forward_process
+from snapvideo_core.diffusion import Diffusion, checked
 from snapvideo_core.fit import FIT, Conditioning
 
 
@@ -25,6 +26,8 @@ def training_loss(
     cond: Conditioning,
     *,
     sigma: torch.Tensor | None = None,
+    sample: torch.Tensor | None = None,
+    seed: int = 0,
     eps: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
@@ -40,14 +43,20 @@ def training_loss(
         diffusion: its sigma_in is the config's.
         video: (B, 3, T, H, W) in [-1, 1].
         cond: conditioning of the same videos.
-        sigma, eps: (B,) and video-shaped; drawn when None.
+        sigma: (B,), on the video's device; drawn when None.
+        sample: (B,) int64 numbers of the videos, of which and of `seed` their noise is a function
+            (see `snapkernels.forward_process`); drawn when None. Numbers that count the videos of
+            a training run make its noise independent of how they are split into batches.
+        seed: from 0 to 2^63 - 1.
+        eps: standard normal noise like the video, to be stored instead of counted.
         generator: for everything drawn here, on the video's device.
 
     Returns:
         A float32 scalar.
 
     Raises:
-        ValueError: shapes that disagree, or another sigma_in than the config's.
+        ValueError: shapes that disagree, both a sample and eps, or another sigma_in than the
+            config's.
     """
     config, batch, device = model.config, len(video), video.device
     if diffusion.sigma_in != config.sigma_in:
@@ -57,19 +66,28 @@ def training_loss(
         )
     if sigma is None:
         sigma = sample_sigma(batch, device=device, generator=generator)
-    if eps is None:
-        eps = torch.randn(video.shape, device=device, generator=generator)
+    if sample is not None and eps is not None:
+        raise ValueError("the noise is either that of sample or eps, not both")
+    if sample is None:
+        sample = torch.randint(2**63 - 1, (batch,), device=device, generator=generator)
 
     def happens(probability: float) -> torch.Tensor:
         return torch.rand(batch, device=device, generator=generator) < probability
 
     cond = cond.with_text_kept(~happens(config.label_dropout))
-    x_in = diffusion.network_input(diffusion.noise(video, eps, sigma), sigma)
+    if eps is None:
+        x_sigma = forward_process(
+            video, sigma, sample, sigma_in=diffusion.sigma_in, seed=seed, backend=model.backend
+        )
+        end = diffusion.loss_end(video, sample, sigma, seed=seed)
+    else:
+        x_sigma, end = diffusion.noise(video, eps, sigma), None
+    scale = diffusion.c_in(checked(sigma, video))
     with torch.no_grad():
-        _, previous = model(x_in, sigma, cond)
+        _, previous = model(x_sigma, sigma, cond, scale_B=scale)
     previous = previous * happens(config.self_conditioning)[:, None, None]
-    F, _ = model(x_in, sigma, cond, previous)
-    return diffusion.loss(F, video, eps, sigma)
+    result, _ = model(x_sigma, sigma, cond, previous, scale_B=scale, end=end)
+    return result if eps is None else diffusion.loss(result, video, eps, sigma)
 
 
 def augment_low_res(

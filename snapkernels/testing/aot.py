@@ -11,15 +11,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-from snapkernels.dispatch import implementation
+from snapkernels import env
+from snapkernels.dispatch import backward_of, implementation
 from snapkernels.registry import OPS
-from snapkernels.spec import Case, Spec
+from snapkernels.spec import Backend, Case, Spec
+from snapkernels.testing import contract
 from snapkernels.testing.cases import make_values
 
 # Compute capability: the most shared memory of a block, in bytes.
@@ -29,6 +32,8 @@ TRITON_DTYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 
@@ -69,6 +74,12 @@ def cases(spec: Spec) -> list[Case]:
     return [case for case in spec.cases if case.tier != "gpu"]
 
 
+def takes(spec: Spec, case: Case, dtype: torch.dtype) -> bool:
+    """Whether the Triton backend of `spec` would take `case` in `dtype` on a GPU."""
+    with mock.patch.object(env, "INTERPRET", True):  # else it asks for a CUDA tensor
+        return spec.backend("triton").refuses(*make_values(spec, case, dtype, "meta")) is None
+
+
 def targets(case: Case) -> tuple[str, ...]:
     """What `case` is compiled for."""
     return tuple(TARGETS)[: len(TARGETS) if case.tier == "paper" else 1]
@@ -101,17 +112,27 @@ def faults(
 
 def _all_reports() -> dict[str, list[Report]]:
     found = {}
-    for name, op in OPS.items():
-        backend = next((b for b in op.spec.backends if b.name == "triton"), None)
-        for case in cases(op.spec) if backend else []:
-            for dtype in case.dtypes:
-                values = make_values(op.spec, case, dtype, "meta")
-                launches = _launches(lambda v=values, b=backend: implementation(b)(*v))
+    for spec in (op.spec for op in OPS.values()):
+        if all(backend.name != "triton" for backend in spec.backends):
+            continue
+        for case in cases(spec):
+            for dtype in (one for one in case.dtypes if takes(spec, case, one)):
+                values = make_values(spec, case, dtype, "meta")
+                run = partial(_both_ways, spec, spec.backend("triton"), values)
                 for target in targets(case):
-                    found[key(name, case.name, dtype, target)] = [
-                        _compile(launch, target) for launch in launches
+                    found[key(spec.name, case.name, dtype, target)] = [
+                        _compile(launch, target) for launch in _launches(run)
                     ]
     return found
+
+
+def _both_ways(spec: Spec, backend: Backend, values: tuple[Any, ...]) -> None:
+    """The forward of `backend`, and its backward for every gradient, if it has one of its own."""
+    result = implementation(backend)(*values)
+    if backend.backward:
+        output, *saved = result if isinstance(result, tuple) else (result,)
+        needs = contract.needed(spec, values)
+        backward_of(backend)(needs, torch.empty_like(output), *saved, *values)
 
 
 def _launches(call: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -143,16 +164,24 @@ def _compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], target: str) -
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = TRITON_DTYPES[value.dtype]
             attributes[index,] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value == 1:
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            signature[parameter.name] = "fp32"
+        elif parameter.is_constexpr or value is None or value == 1:
             signature[parameter.name] = "constexpr"
             constants[index,] = value
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, GPUTarget("cuda", int(target[3:]), 32), options)
-    return _read(kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+    same = repr((kernel.__name__, signature, constants, attributes, options, target))
+    if same not in _COMPILED:
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, GPUTarget("cuda", int(target[3:]), 32), options)
+        _COMPILED[same] = _read(kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+    return _COMPILED[same]
+
+
+_COMPILED: dict[str, Report] = {}
 
 
 def _read(kernel: str, cubin: bytes, shared: int) -> Report:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from snapkernels.registry import OPS, Op
-from snapkernels.spec import Case, Fields, Spec
+from snapkernels.spec import Case, Fields, Spec, Tensor
 from snapkernels.testing.inputs import random_weights
+from snapkernels.validate import resolved
 
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 
@@ -63,18 +64,39 @@ def make_values(
         shape: list[int] = []
         for dim in declared.dims:
             shape += case.sizes[dim] if dim == "..." else [case.sizes[dim]]
-        drawn = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
-        random = torch.randn(shape, device=device, generator=generator, dtype=drawn)
-        values.append(random > 0 if declared.dtype == torch.bool else random.to(dtype))
+        values.append(_drawn(declared, shape, dtype, device, generator))
     return (*values, *(case.options[name] for name in spec.options))
 
 
-def leaves(spec: Spec, values: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The floating-point tensors among the inputs, those of named tuples one by one."""
+def _drawn(
+    declared: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    if declared.dtype == torch.int64:
+        return torch.randint(0, 2**40, shape, device=device, generator=generator)
+    wanted = resolved(declared.dtype, dtype)
+    drawn = wanted if wanted in (torch.bfloat16, torch.float64) else torch.float32
+    random = torch.randn(shape, device=device, generator=generator, dtype=drawn)
+    if declared.positive:
+        random = random.exp()
+    return random > 0 if wanted == torch.bool else random.to(wanted)
+
+
+def leaves(spec: Spec, values: tuple[Any, ...], *, asked: bool = True) -> list[torch.Tensor]:
+    """The differentiable tensors among the inputs, those of named tuples one by one.
+
+    Without `asked`, those only that training needs the gradients of.
+    """
     found: list[torch.Tensor] = []
-    for value in values[: len(spec.inputs)]:
-        found += value if isinstance(value, tuple) else (value,)
-    return [one for one in found if one is not None and one.is_floating_point()]
+    for declared, value in zip(spec.inputs.values(), values, strict=False):
+        if isinstance(declared, Fields):
+            found += value
+        elif value is not None and declared.differentiable and (asked or declared.grad != "asked"):
+            found.append(value)
+    return found
 
 
 def call(op: Op, values: tuple[Any, ...], backend: str | None = None) -> torch.Tensor:
@@ -92,7 +114,7 @@ def prepare(
     """
     if direction == "fwd":
         return lambda: call(op, values, backend)
-    inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values)]
+    inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values, asked=False)]
     output = call(op, values, backend)
     grad = torch.randn_like(output)
     if direction == "bwd":

@@ -1,5 +1,7 @@
 """What a case must cost at the least: bytes through memory, FLOPs, and the time both take."""
 
+from math import prod
+
 import torch
 
 from snapkernels.spec import Case, Spec
@@ -10,14 +12,14 @@ def compulsory_bytes(spec: Spec, case: Case, direction: str, dtype: torch.dtype)
     """Bytes that `case` has to move, each tensor once.
 
     Forward reads the inputs and writes the output. Backward reads the output's gradient and the
-    spec's `backward_reads`, and writes the gradients of the inputs. "fwd_bwd" is the sum.
+    spec's `backward_reads`, and writes the gradients that training needs. "fwd_bwd" is the sum.
     """
     values = make_values(spec, case, dtype, "meta")
     inputs = dict(zip(spec.inputs, values, strict=False))
-    output = _output_bytes(spec, values, dtype)
+    output = _output_bytes(spec, values)
     forward = sum(map(_nbytes, inputs.values())) + output
     backward = sum(_nbytes(inputs[name]) for name in spec.backward_reads)
-    backward += output + sum(map(_nbytes, leaves(spec, values)))
+    backward += output + sum(map(_nbytes, leaves(spec, values, asked=False)))
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[direction]
 
 
@@ -39,12 +41,9 @@ def floor_ms(
     return max(moving, flops(spec, case, direction) / matrix / 1e9)
 
 
-def _output_bytes(spec: Spec, values: tuple[object, ...], dtype: torch.dtype) -> int:
-    sizes = spec.check(*values)
-    count = 1
-    for dim in spec.output.dims:
-        count *= sizes[dim]
-    return count * dtype.itemsize
+def _output_bytes(spec: Spec, values: tuple[object, ...]) -> int:
+    shape = spec.output.shape(spec.check(*values))
+    return prod(shape) * spec.result_dtype(values).itemsize
 
 
 def _nbytes(value: object) -> int:

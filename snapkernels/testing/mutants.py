@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from snapkernels import extension
-from snapkernels.dispatch import implementation
+from snapkernels.dispatch import backward_of, implementation
 from snapkernels.spec import Backend, Mutant, Spec
 
 NEEDED_TO_BUILD = ("csrc", "snapkernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -30,7 +30,7 @@ def planted(spec: Spec, mutant: Mutant) -> Iterator[Backend]:
         ValueError: the source does not have `mutant.find` exactly once.
     """
     backend = spec.backend(mutant.backend)
-    function = implementation(backend)
+    function = backward_of(backend) if mutant.backward else implementation(backend)
     module = importlib.import_module(function.__module__)
     python = Path(str(module.__file__)).read_text()
     with tempfile.TemporaryDirectory() as name:  # Triton reads a kernel's source from its file
@@ -42,7 +42,8 @@ def planted(spec: Spec, mutant: Mutant) -> Iterator[Backend]:
             python = python.replace("snapkernels_cuda", namespace)
         path = folder / f"{spec.name}_mutant.py"
         path.write_text(python)
-        yield replace(backend, run=getattr(_load(path), function.__name__))
+        changed = getattr(_load(path), function.__name__)
+        yield replace(backend, **{"backward" if mutant.backward else "run": changed})
 
 
 def missing() -> str | None:

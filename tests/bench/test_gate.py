@@ -42,8 +42,8 @@ BUGS = {
     "q and k swapped": (latent_attn, ["latent_attention"], q_and_k_swapped),
     "self-attention left out": (latent_attn, ["latent_attention"], lambda f: lambda z, *a: z),
     "residual left out": (feed_forward, ["feed_forward"], lambda f: lambda x, *a: f(x, *a) - x),
-    "video mirrored": (library, ["unpatchify"], lambda f: lambda x, *a: f(x, *a).flip(-1)),
-    "not a number": (library, ["unpatchify"], lambda f: lambda x, *a: f(x, *a) * float("nan")),
+    "video mirrored": (library, ["head"], lambda f: lambda x, *a: f(x, *a).flip(-1)),
+    "not a number": (library, ["head"], lambda f: lambda x, *a: f(x, *a) * float("nan")),
 }
 
 

@@ -43,7 +43,7 @@ def test_every_mode_gives_figures_and_a_record(tmp_path):
         for mode in ("infer", "train")
     ]
     for row in written["rows"]:
-        assert row["gate"] == "ok" and row["variant"] == "eager-fp32"
+        assert row["gate"] == "ok" and row["variant"] == "ours-fp32"
         assert 0 < row["p20"] <= row["value"] <= row["p80"]
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor"] / row["value"], abs=0.1)
         assert f"| {row['case']} " in done.stdout

@@ -110,6 +110,19 @@ def test_the_network_sees_c_in_x_and_gets_everything(rng):
     assert network_sigma is sigma_B and (cond, previous) == ("cond", "previous")
 
 
+def test_guidance_moves_away_from_the_null_branch(rng):
+    diffusion = SnapDiffusion(sigma_in=4.0)
+    x_sigma, null_F, sigma_B, _ = draw(rng, batch=3)
+    F = torch.randn(x_sigma.shape, generator=rng).double()
+    D, null_D = (
+        diffusion.denoise(lambda *_, out=out: (out, None), x_sigma, sigma_B, None)[0]
+        for out in (F, null_F)
+    )
+    for weight in (0.0, 6.5):
+        guided = diffusion.guided(F, null_F, x_sigma, sigma_B, weight)
+        torch.testing.assert_close(guided, D + weight * (D - null_D))
+
+
 def test_bad_input_is_named():
     diffusion = SnapDiffusion(sigma_in=4.0)
     with pytest.raises(ValueError, match=r"sigma must be \(2,\), got \(3,\)"):

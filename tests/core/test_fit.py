@@ -11,7 +11,6 @@ from snapkernels import unpatchify
 from snapkernels.testing.numerics import relative_rms
 from snapvideo_core import FIT, Conditioning
 from snapvideo_core.config import TINY, TINY_UP
-from snapvideo_core.fit import upsample
 
 CONFIGS = [TINY, TINY_UP, replace(TINY, name="tiny-token", positions="token")]
 
@@ -139,15 +138,6 @@ def test_an_upsampler_starts_as_the_first_stage(rng, conditioning):
     assert torch.equal(F, other)
 
 
-def test_upsampling_has_half_pixel_centres_and_keeps_frames_apart():
-    video = torch.zeros(1, 1, 2, 2, 2)
-    video[0, 0, 1] = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
-    up = upsample(video, (4, 4))
-    assert not up[0, 0, 0].any()
-    row = torch.tensor([0.0, 0.25, 0.75, 1.0])
-    torch.testing.assert_close(up[0, 0, 1], row + 2 * row[:, None])
-
-
 def test_an_image_is_a_finite_condition(rng, conditioning, random_fit):
     cond = replace(conditioning(TINY, 2, rng), framerate=torch.tensor([math.inf, 24.0]))
     video = torch.randn(2, 3, TINY.frames, TINY.height, TINY.width, generator=rng)
@@ -224,7 +214,7 @@ def test_weights_decide_the_dtype(rng, conditioning):
     model = FIT(TINY).eval().bfloat16()
     video = torch.randn(1, 3, TINY.frames, TINY.height, TINY.width, generator=rng)
     F, z = model(video, torch.ones(1), conditioning(TINY, 1, rng))
-    assert F.dtype == z.dtype == torch.bfloat16
+    assert z.dtype == torch.bfloat16 and F.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

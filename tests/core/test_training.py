@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from snapkernels.philox import normals
 from snapvideo_core import FIT, SnapDiffusion, sample_sigma, training_loss
 from snapvideo_core.config import TINY, TINY_UP
 from snapvideo_core.training import augment_low_res
@@ -19,12 +20,13 @@ class Recorder(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.config, self.calls = model, model.config, []
+        self.backend = model.backend
 
-    def forward(self, x, sigma, cond, previous=None):
-        F, z = self.model(x, sigma, cond, previous)
+    def forward(self, x, sigma, cond, previous=None, *, scale_B, end=None):
+        result, z = self.model(x, sigma, cond, previous, scale_B=scale_B, end=end)
         call = {"x": x, "sigma": sigma, "cond": cond, "previous": previous, "z": z}
-        self.calls.append(call | {"grad": torch.is_grad_enabled()})
-        return F, z
+        self.calls.append(call | {"grad": torch.is_grad_enabled(), "scale": scale_B})
+        return result, z
 
 
 def video(config, batch, rng):
@@ -41,7 +43,7 @@ def test_both_passes_see_the_same_and_only_the_second_has_gradients(
     loss = training_loss(recorder, DIFFUSION, video(config, 16, rng), cond, generator=rng)
     loss.backward()
     first, second = recorder.calls
-    for name in ("x", "sigma", "cond"):
+    for name in ("x", "sigma", "cond", "scale"):
         assert first[name] is second[name]
     assert (first["grad"], second["grad"]) == (False, True)
     assert first["previous"] is None and not second["previous"].requires_grad
@@ -66,7 +68,7 @@ def test_what_it_draws(rng, conditioning, random_fit):
     assert len(sigma.unique()) == 32
     assert sigma.log().mean().item() == pytest.approx(-1.2, abs=0.8)
     sigma = sigma.view(-1, 1, 1, 1, 1)
-    eps = (recorder.calls[0]["x"] * (1 / 16 + sigma**2).sqrt() - x / 4) / sigma
+    eps = (recorder.calls[0]["x"] - x / 4) / sigma
     assert eps.mean().item() == pytest.approx(0, abs=0.02)
     assert eps.std().item() == pytest.approx(1, abs=0.02)
 
@@ -80,9 +82,9 @@ def test_another_sigma_in_than_the_models_is_refused(rng, conditioning):
 def test_it_is_the_loss_of_the_second_pass(rng, conditioning, random_fit):
     model = random_fit(replace(TINY, self_conditioning=1.0, label_dropout=0.0), rng)
     x, cond = video(TINY, 2, rng), conditioning(TINY, 2, rng)
-    sigma, eps = torch.tensor([0.1, 2.0]), torch.randn(x.shape, generator=rng)
-    loss = training_loss(model, DIFFUSION, x, cond, sigma=sigma, eps=eps)
-    x_sigma = x / 4 + sigma.view(-1, 1, 1, 1, 1) * eps
+    sigma, sample = torch.tensor([0.1, 2.0]), torch.tensor([7, 2**40])
+    loss = training_loss(model, DIFFUSION, x, cond, sigma=sigma, sample=sample, seed=3)
+    x_sigma = x / 4 + sigma.view(-1, 1, 1, 1, 1) * normals(3, sample, tuple(x.shape[1:]))
     with torch.no_grad():
         _, previous = DIFFUSION.denoise(model, x_sigma, sigma, cond)
         denoised, _ = DIFFUSION.denoise(model, x_sigma, sigma, cond, previous)
@@ -91,16 +93,42 @@ def test_it_is_the_loss_of_the_second_pass(rng, conditioning, random_fit):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_stored_noise_is_as_good_as_counted(rng, conditioning, random_fit):
+    model = random_fit(replace(TINY, self_conditioning=1.0, label_dropout=0.0), rng)
+    x, cond = video(TINY, 2, rng), conditioning(TINY, 2, rng)
+    sigma, sample = torch.tensor([0.1, 2.0]), torch.tensor([7, 2**40])
+    eps = normals(3, sample, tuple(x.shape[1:]))
+    counted = training_loss(model, DIFFUSION, x, cond, sigma=sigma, sample=sample, seed=3)
+    stored = training_loss(model, DIFFUSION, x, cond, sigma=sigma, eps=eps)
+    assert stored.item() == pytest.approx(counted.item(), rel=1e-5)
+    ours, theirs = (torch.autograd.grad(one, model.stem.weight)[0] for one in (counted, stored))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="either that of sample or eps"):
+        training_loss(model, DIFFUSION, x, cond, sample=sample, eps=eps)
+
+
+def test_a_sigma_that_is_not_above_zero_is_refused(rng, conditioning):
+    x, cond = video(TINY, 2, rng), conditioning(TINY, 2, rng)
+    for bad in (0.0, -1.0):
+        sigma = torch.tensor([1.0, bad])
+        with pytest.raises(ValueError, match="sigma must be above 0, got"):
+            training_loss(FIT(TINY), DIFFUSION, x, cond, sigma=sigma)
+        with pytest.raises(ValueError, match="sigma must be above 0, got"):
+            DIFFUSION.denoise(FIT(TINY), x, sigma, cond)
+        with pytest.raises(ValueError, match="sigma must be above 0, got"):
+            DIFFUSION.noise(x, x, sigma)
+
+
 def test_a_few_steps_bring_the_loss_down(rng, conditioning):
     torch.manual_seed(0)
     model = FIT(TINY)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     x, cond = video(TINY, 4, rng), conditioning(TINY, 4, rng)
-    sigma, eps = torch.full((4,), 0.5), torch.randn(x.shape, generator=rng)
+    sigma, sample = torch.full((4,), 0.5), torch.arange(4)
     losses = []
     for _ in range(30):
         optimiser.zero_grad()
-        loss = training_loss(model, DIFFUSION, x, cond, sigma=sigma, eps=eps, generator=rng)
+        loss = training_loss(model, DIFFUSION, x, cond, sigma=sigma, sample=sample, generator=rng)
         loss.backward()
         optimiser.step()
         losses.append(loss.item())

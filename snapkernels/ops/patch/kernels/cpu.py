@@ -6,7 +6,7 @@ faster than moving them one by one.
 
 import torch
 
-from snapkernels.ops.patch.layout import PatchLayout
+from snapkernels.patches import PatchLayout
 
 WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from snapkernels.ops.patch.layout import PatchLayout
+from snapkernels.patches import PatchLayout
 
 
 def patchify(video: torch.Tensor, patch: int, group: tuple[int, int, int]) -> torch.Tensor:

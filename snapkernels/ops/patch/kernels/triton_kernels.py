@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from snapkernels.ops.patch.config import TRITON_BLOCK_BYTES, TRITON_WARPS
-from snapkernels.ops.patch.layout import PatchLayout
+from snapkernels.patches import PatchLayout
 
 
 @triton.jit

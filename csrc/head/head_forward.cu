@@ -1,0 +1,104 @@
+// The launches of head_forward.cuh: one instance for each end, width of a token and of a patch.
+#include "head/head_forward.cuh"
+
+#include <algorithm>
+
+namespace snapkernels {
+namespace {
+
+// One block a multiprocessor; where there are fewer tiles, one for each before any block has two.
+template <HeadEnd kEnd, int kWidth, int kFeatures>
+cudaError_t launch(const HeadArguments& given, const HeadMap& map, cudaStream_t stream) {
+  int device, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const int blocks = std::min({multiprocessors, map.tiles, kHeadPartials / kHeadUnits});
+
+  const auto kernel = head_forward_kernel<kEnd, kWidth, kFeatures>;
+  constexpr int kShared = sizeof(HeadShared<kWidth, kFeatures>);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = kHeadUnits * kHeadUnitThreads;
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, kernel, map, given);
+  if (kEnd != HeadEnd::kLoss || error != cudaSuccess) return error;
+
+  config.gridDim = 1;
+  config.blockDim = kHeadPartials;
+  config.dynamicSmemBytes = 0;
+  const float pixels = static_cast<float>(map.at.batch * map.video_pixels);
+  return cudaLaunchKernelEx(&config, head_loss_mean_kernel,
+                            static_cast<const float*>(given.partial), given.out,
+                            blocks * kHeadUnits, pixels);
+}
+
+template <HeadEnd kEnd, int kWidth>
+cudaError_t launch_for_features(const HeadArguments& given, const HeadMap& map,
+                                cudaStream_t stream) {
+  switch (map.at.channels) {
+    case 1:
+      return launch<kEnd, kWidth, 16>(given, map, stream);
+    case 3:
+      return launch<kEnd, kWidth, 48>(given, map, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <HeadEnd kEnd>
+cudaError_t launch_for_width(const HeadArguments& given, const HeadGeometry& at,
+                             cudaStream_t stream) {
+  const int groups_h = (at.height + kHeadPatch * at.group_h - 1) / (kHeadPatch * at.group_h);
+  const int groups_w = at.width / (kHeadPatch * at.group_w);
+  const int groups = at.frames / at.group_t * groups_h * groups_w;
+  const int group_tokens = at.group_t * at.group_h * at.group_w;
+  const int tokens = at.batch * groups * group_tokens;
+  const HeadMap map{at,
+                    tokens,
+                    (tokens + kHeadTokens - 1) / kHeadTokens,
+                    static_cast<int64_t>(at.channels) * at.frames * at.height * at.width,
+                    Divider(group_tokens),
+                    Divider(groups),
+                    Divider(groups_h),
+                    Divider(groups_w),
+                    Divider(at.group_h),
+                    Divider(at.group_w)};
+  switch (at.token_width) {
+    case 256:
+      return launch_for_features<kEnd, 256>(given, map, stream);
+    case 512:
+      return launch_for_features<kEnd, 512>(given, map, stream);
+    case 768:
+      return launch_for_features<kEnd, 768>(given, map, stream);
+    case 1024:
+      return launch_for_features<kEnd, 1024>(given, map, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t head(const HeadArguments& given, const HeadGeometry& at, cudaStream_t stream) {
+  return launch_for_width<HeadEnd::kF>(given, at, stream);
+}
+
+cudaError_t head_mix(const HeadArguments& given, const HeadGeometry& at, cudaStream_t stream) {
+  return launch_for_width<HeadEnd::kMix>(given, at, stream);
+}
+
+cudaError_t head_loss(const HeadArguments& given, const HeadGeometry& at, cudaStream_t stream) {
+  return launch_for_width<HeadEnd::kLoss>(given, at, stream);
+}
+
+}  // namespace snapkernels

@@ -1,0 +1,81 @@
+// The launches of stem_forward.cuh: two instances for each number of channels.
+#include "stem/stem_forward.cuh"
+
+#include <algorithm>
+
+namespace snapkernels {
+namespace {
+
+// One block a multiprocessor; where there are fewer tiles, one for each before any block has two.
+template <int kSteps>
+cudaError_t launch(const StemArguments& given, const StemMap& map, cudaStream_t stream) {
+  int device, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+
+  const auto kernel =
+      map.alike ? stem_forward_kernel<kSteps, true> : stem_forward_kernel<kSteps, false>;
+  const int shared = stem_shared_bytes<kSteps>(map.at.token_width);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = std::min(multiprocessors, map.tiles);
+  config.blockDim = 128 * (map.alike ? kStemWarpgroups<true> : kStemWarpgroups<false>);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, map, given);
+}
+
+}  // namespace
+
+cudaError_t stem(const StemArguments& given, const StemGeometry& at, cudaStream_t stream) {
+  const int group_rows = kStemPatch * at.group_h;
+  const int groups_h = (at.height + group_rows - 1) / group_rows;
+  const int groups_w = at.width / (kStemPatch * at.group_w);
+  const int groups = at.frames / at.group_t * groups_h * groups_w;
+  const int group_tokens = at.group_t * at.group_h * at.group_w;
+  const int tokens = at.batch * groups * group_tokens;
+  // Every `tables`-th group of all videos has the same positions.
+  int alike = 0;
+  while (alike < 3 && at.batch * groups / at.tables % (2 << alike) == 0) ++alike;
+  const StemMap map{at,
+                    tokens,
+                    (tokens + kStemTokens - 1) / kStemTokens,
+                    alike,
+                    tokens >> alike,
+                    1.f / at.token_width,
+                    static_cast<float>(at.low_height) / at.height,
+                    static_cast<float>(at.low_width) / at.width,
+                    Divider(group_tokens),
+                    Divider(groups),
+                    Divider(groups_h),
+                    Divider(groups_w),
+                    Divider(at.group_h),
+                    Divider(at.group_w),
+                    Divider(at.tables)};
+  switch (at.channels + at.low_channels) {
+    case 1:
+      return launch<1>(given, map, stream);
+    case 2:
+      return launch<2>(given, map, stream);
+    case 3:
+      return launch<3>(given, map, stream);
+    case 4:
+      return launch<4>(given, map, stream);
+    case 5:
+      return launch<5>(given, map, stream);
+    case 6:
+      return launch<6>(given, map, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace snapkernels

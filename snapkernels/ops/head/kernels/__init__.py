@@ -1,0 +1,1 @@
+"""The kernels of patchify and unpatchify, a file a backend."""

@@ -1,0 +1,1 @@
+"""Video to grouped patch tokens and back."""
