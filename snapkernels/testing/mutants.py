@@ -1,5 +1,6 @@
 """Seeded bugs: a backend with one line of its source changed."""
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -38,8 +39,9 @@ def planted(spec: Spec, mutant: Mutant) -> Iterator[Backend]:
         if mutant.file is None:
             python = _changed(python, module.__name__, spec, mutant)
         else:
-            namespace = _build(folder, spec, mutant)
-            python = python.replace("snapkernels_cuda", namespace)
+            library = compiled(spec, mutant)
+            torch.ops.load_library(library)
+            python = python.replace("snapkernels_cuda", library.stem)
         path = folder / f"{spec.name}_mutant.py"
         path.write_text(python)
         changed = getattr(_load(path), function.__name__)
@@ -62,26 +64,38 @@ def _changed(source: str, name: str, spec: Spec, mutant: Mutant) -> str:
     return source.replace(mutant.find, mutant.replace)
 
 
-def _build(folder: Path, spec: Spec, mutant: Mutant) -> str:
-    """Build the library with the bug in `folder`, load it; returns the namespace of its ops."""
-    for name in NEEDED_TO_BUILD:
-        source = extension.CSRC.parent / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, folder / name)
-    broken = folder / "csrc" / str(mutant.file)
-    broken.write_text(_changed(broken.read_text(), broken.name, spec, mutant))
-    namespace = f"snapkernels_cuda_{abs(hash(mutant))}"
-    bindings = folder / "csrc" / "bindings.cpp"
-    bindings.write_text(bindings.read_text().replace("snapkernels_cuda", namespace))
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=folder,
-        env=os.environ | {"SNAPKERNELS_BUILD": "1"},
-        check=True,
-        capture_output=True,
+def compiled(spec: Spec, mutant: Mutant) -> Path:
+    """The library with the bug of a compiled `mutant`; its name is the namespace of its ops.
+
+    It is kept beside the build of csrc, for as long as neither csrc nor the bug changes: a machine
+    with a GPU can be handed what one without has built.
+    """
+    root = extension.CSRC.parent
+    changed = _changed(
+        (extension.CSRC / str(mutant.file)).read_text(), str(mutant.file), spec, mutant
     )
-    torch.ops.load_library(folder / "snapkernels" / extension.LIBRARY.name)
-    return namespace
+    digest = hashlib.sha256(f"{extension.source_hash(extension.CSRC)} {changed}".encode())
+    library = root / "build" / "mutants" / f"snapkernels_cuda_{digest.hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in NEEDED_TO_BUILD:
+            copy = shutil.copytree if (root / part).is_dir() else shutil.copy
+            copy(root / part, folder / part)
+        (folder / "csrc" / str(mutant.file)).write_text(changed)
+        bindings = folder / "csrc" / "bindings.cpp"
+        bindings.write_text(bindings.read_text().replace("snapkernels_cuda", library.stem))
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=folder,
+            env=os.environ | {"SNAPKERNELS_BUILD": "1"},
+            check=True,
+            capture_output=True,
+        )
+        library.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / "snapkernels" / extension.LIBRARY.name, library)
+    return library
 
 
 def _load(path: Path) -> ModuleType:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from snapkernels import extension
 from snapkernels.registry import OPS
 from snapkernels.testing.proofs import proofs
 
@@ -31,6 +32,14 @@ def test_every_seeded_bug_is_among_the_proofs():
     planted = {mutant.name for op in OPS.values() for mutant in op.spec.mutants}
     proved = {proof.id.split(": ", 1)[1] for proof in PROOFS if " mutant " in proof.id}
     assert planted == proved and len(planted) >= 25
+
+
+def test_every_compiled_bug_is_in_its_source_once():
+    """On a machine without a GPU none of them is built."""
+    for op in OPS.values():
+        for mutant in (one for one in op.spec.mutants if one.file):
+            source = (extension.CSRC / mutant.file).read_text()
+            assert source.count(mutant.find) == 1, mutant.name
 
 
 def test_names_are_unique():

@@ -131,6 +131,13 @@ HEAD = Spec(
             find="h_M[:, None] * PATCH + i_P[None, :] < height",
             replace="h_M[:, None] * PATCH + i_P[None, :] < height - 1",
         ),
+        Mutant(
+            name="columns of groups counted as one, compiled",
+            backend="cuda",
+            file="head/head_forward.cuh",
+            find="x = (gw * m.group_w.divisor + nw) * kHeadPatch;",
+            replace="x = (0 * gw * m.group_w.divisor + nw) * kHeadPatch;",
+        ),
     ),
 )
 
@@ -181,6 +188,13 @@ HEAD_MIX = Spec(
             find="w_M = group_M % groups_w * GROUP_W",
             replace="w_M = group_M // groups_h % groups_w * GROUP_W",
         ),
+        Mutant(
+            name="every video has the first one's factors, compiled",
+            backend="cuda",
+            file="head/head_forward.cuh",
+            find="const float* const mix = given.factors + 3 * b;",
+            replace="const float* const mix = given.factors;",
+        ),
     ),
 )
 
@@ -230,6 +244,13 @@ HEAD_LOSS = Spec(
             backend="triton",
             find="p_b = p_terms + b * 3",
             replace="p_b = p_terms + b * 0",
+        ),
+        Mutant(
+            name="every video weighs as the first, compiled",
+            backend="cuda",
+            file="head/head_forward.cuh",
+            find="const float* const terms = given.factors + 3 * b;",
+            replace="const float* const terms = given.factors;",
         ),
     ),
 )

@@ -176,5 +176,26 @@ STEM = Spec(
             find="for m0 in range(first, last, BLOCK_M):",
             replace="for m0 in range(first, last - BLOCK_M, BLOCK_M):",
         ),
+        Mutant(
+            name="columns of groups counted as one, compiled",
+            backend="cuda",
+            file="stem/stem_forward.cuh",
+            find="x = (gw * m.group_w.divisor + nw) * kStemPatch;",
+            replace="x = (0 * gw * m.group_w.divisor + nw) * kStemPatch;",
+        ),
+        Mutant(
+            name="upsampling without half-pixel centres, compiled",
+            backend="cuda",
+            file="stem/stem_forward.cuh",
+            find="fmaxf((at + .5f) * ratio - .5f, 0.f)",
+            replace="at * ratio",
+        ),
+        Mutant(
+            name="the last row repeated where there is none, compiled",
+            backend="cuda",
+            file="stem/stem_forward.cuh",
+            find="const bool inside = place.y + q < at.height;",
+            replace="const bool inside = true;",
+        ),
     ),
 )
