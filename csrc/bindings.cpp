@@ -16,6 +16,7 @@
 #include "noise/forward_process.h"
 #include "patch/cell_transpose.h"
 #include "stem/stem.h"
+#include "stem/stem_backward.h"
 
 // Weak: a CPU build of torch has no such function.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -201,14 +202,12 @@ void forward_process(Tensor video, Tensor sigma, Tensor sample, Tensor x_sigma, 
                                                 sigma_in, seed, current_stream(video)));
 }
 
-void stem(Tensor video, Tensor scale, std::optional<Tensor> low_res, Tensor weight, Tensor bias,
-          Tensor norm_weight, Tensor norm_bias, Tensor positions, Tensor tokens, Tensor rstd,
-          std::vector<int64_t> group, double eps) {
-  const char* const op = "stem";
-  constexpr auto kFloat32 = torch::headeronly::ScalarType::Float;
-  constexpr auto kBfloat16 = torch::headeronly::ScalarType::BFloat16;
+// What the stem and its gradients have in common, checked. `tokens` are theirs, of any dtype.
+snapkernels::StemGeometry stem_geometry(const char* op, const Tensor& video,
+                                        const std::optional<Tensor>& low_res, const Tensor& weight,
+                                        const Tensor& positions, const Tensor& tokens,
+                                        const std::vector<int64_t>& group) {
   constexpr int64_t kPatch = snapkernels::kStemPatch;
-  if (tokens.numel() == 0) return;
   STD_TORCH_CHECK(video.dim() == 5 && weight.dim() == 2 && positions.dim() == 3 &&
                       tokens.dim() == 4 && group.size() == 3 && (!low_res || low_res->dim() == 5),
                   op, ": ranks");
@@ -235,8 +234,7 @@ void stem(Tensor video, Tensor scale, std::optional<Tensor> low_res, Tensor weig
                       tokens.size(2) == patches && tokens.size(3) == width,
                   op, ": the tokens do not fit the video");
   STD_TORCH_CHECK(groups % tables == 0 && positions.size(1) == patches, op, ": positions");
-  const int64_t count = batch * groups * patches;
-  STD_TORCH_CHECK(count <= INT32_MAX - 63 && height * columns <= INT32_MAX &&
+  STD_TORCH_CHECK(batch * groups * patches <= INT32_MAX - 63 && height * columns <= INT32_MAX &&
                       low_height * low_width <= INT32_MAX && tables * patches <= INT32_MAX,
                   op, ": too large");
 
@@ -254,23 +252,88 @@ void stem(Tensor video, Tensor scale, std::optional<Tensor> low_res, Tensor weig
   at.group_w = group[2];
   at.tables = tables;
   at.token_width = width;
+  return at;
+}
+
+void stem(Tensor video, Tensor scale, std::optional<Tensor> low_res, Tensor weight, Tensor bias,
+          Tensor norm_weight, Tensor norm_bias, Tensor positions, Tensor tokens, Tensor rstd,
+          std::vector<int64_t> group, double eps) {
+  const char* const op = "stem";
+  constexpr auto kFloat32 = torch::headeronly::ScalarType::Float;
+  constexpr auto kBfloat16 = torch::headeronly::ScalarType::BFloat16;
+  if (tokens.numel() == 0) return;
+  const auto at = stem_geometry(op, video, low_res, weight, positions, tokens, group);
+  const int64_t width = at.token_width, count = tokens.numel() / width;
   snapkernels::StemArguments given;
   given.video = head_data<float>(op, "video", video, kFloat32, video.numel(), tokens);
-  given.scale = head_data<float>(op, "scale", scale, kFloat32, batch, tokens);
+  given.scale = head_data<float>(op, "scale", scale, kFloat32, at.batch, tokens);
   given.low_res = nullptr;
   if (low_res)
     given.low_res = head_data<float>(op, "low_res", *low_res, kFloat32, low_res->numel(), tokens);
-  given.weight = head_data<void>(op, "weight", weight, kBfloat16, width * features, tokens);
+  given.weight = head_data<void>(op, "weight", weight, kBfloat16, weight.numel(), tokens);
   given.bias = head_data<void>(op, "bias", bias, kBfloat16, width, tokens);
   given.norm_weight = head_data<void>(op, "norm_weight", norm_weight, kBfloat16, width, tokens);
   given.norm_bias = head_data<void>(op, "norm_bias", norm_bias, kBfloat16, width, tokens);
   given.positions =
-      head_data<void>(op, "positions", positions, kBfloat16, tables * patches * width, tokens);
+      head_data<void>(op, "positions", positions, kBfloat16, positions.numel(), tokens);
   given.tokens = head_data<void>(op, "tokens", tokens, kBfloat16, count * width, tokens);
   given.rstd = head_data<float>(op, "rstd", rstd, kFloat32, count, tokens);
   given.eps = eps;
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(op, snapkernels::stem(given, at, current_stream(tokens)));
+}
+
+void stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale,
+                   std::optional<Tensor> low_res, Tensor weight, Tensor bias, Tensor norm_weight,
+                   Tensor d_weight, Tensor d_bias, Tensor d_norm_weight, Tensor d_norm_bias,
+                   Tensor d_positions, Tensor products, Tensor coefficients, Tensor moments,
+                   Tensor means, Tensor sums, std::vector<int64_t> group) {
+  const char* const op = "stem_backward";
+  constexpr auto kFloat32 = torch::headeronly::ScalarType::Float;
+  constexpr auto kBfloat16 = torch::headeronly::ScalarType::BFloat16;
+  STD_TORCH_CHECK(grad.numel() > 0, op, ": no tokens");
+  const auto at = stem_geometry(op, video, low_res, weight, d_positions, grad, group);
+  const int64_t width = at.token_width, count = grad.numel() / width, positions = grad.size(2);
+  const int64_t columns = weight.size(1) + snapkernels::kStemExtra;
+  STD_TORCH_CHECK(at.channels == 3 && (at.low_channels == 0 || at.low_channels == 3), op,
+                  ": channels");
+  STD_TORCH_CHECK(at.tables == 1 && width % snapkernels::kStemSlice == 0 &&
+                      count / positions >= snapkernels::kStemLeastAlike,
+                  op, ": positions, width or groups");
+  STD_TORCH_CHECK(products.dim() == 3 && moments.dim() == 3, op, ": ranks");
+  const int64_t ranges = products.size(0), blocks = moments.size(0);
+  STD_TORCH_CHECK(ranges > 0 && ranges <= positions && blocks > 0, op, ": ranges, blocks");
+  snapkernels::StemBackwardArguments given{};
+  given.grad = head_data<void>(op, "grad", grad, kBfloat16, grad.numel(), grad);
+  given.rstd = head_data<float>(op, "rstd", rstd, kFloat32, count, grad);
+  given.video = head_data<float>(op, "video", video, kFloat32, video.numel(), grad);
+  given.scale = head_data<float>(op, "scale", scale, kFloat32, at.batch, grad);
+  if (low_res)
+    given.low_res = head_data<float>(op, "low_res", *low_res, kFloat32, low_res->numel(), grad);
+  const auto of_weights = [&](const char* name, const Tensor& tensor, int64_t numel) {
+    return head_data<void>(op, name, tensor, kBfloat16, numel, grad);
+  };
+  given.weight = of_weights("weight", weight, weight.numel());
+  given.bias = of_weights("bias", bias, width);
+  given.norm_weight = of_weights("norm_weight", norm_weight, width);
+  given.d_weight = of_weights("d_weight", d_weight, weight.numel());
+  given.d_bias = of_weights("d_bias", d_bias, width);
+  given.d_norm_weight = of_weights("d_norm_weight", d_norm_weight, width);
+  given.d_norm_bias = of_weights("d_norm_bias", d_norm_bias, width);
+  given.d_positions = of_weights("d_positions", d_positions, positions * width);
+  const auto scratch = [&](const char* name, const Tensor& tensor, int64_t numel) {
+    return head_data<float>(op, name, tensor, kFloat32, numel, grad);
+  };
+  given.products = scratch("products", products, ranges * width * columns);
+  given.coefficients =
+      scratch("coefficients", coefficients, width / snapkernels::kStemHalf * count * 2);
+  given.moments = scratch("moments", moments, blocks * columns * columns);
+  given.means = scratch("means", means, columns);
+  given.sums = scratch("sums", sums, (width + columns) * columns);
+  given.ranges = ranges;
+  given.blocks = blocks;
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  check_launch(op, snapkernels::stem_backward(given, at, current_stream(grad)));
 }
 
 // The hash of csrc/ that setup.py compiled, so that a stale library is noticed.
@@ -299,6 +362,12 @@ STABLE_TORCH_LIBRARY(snapkernels_cuda, m) {
       "stem(Tensor video, Tensor scale, Tensor? low_res, Tensor weight, Tensor bias,"
       " Tensor norm_weight, Tensor norm_bias, Tensor positions, Tensor(a!) tokens,"
       " Tensor(b!) rstd, int[] group, float eps) -> ()");
+  m.def(
+      "stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale, Tensor? low_res,"
+      " Tensor weight, Tensor bias, Tensor norm_weight, Tensor(a!) d_weight, Tensor(b!) d_bias,"
+      " Tensor(c!) d_norm_weight, Tensor(d!) d_norm_bias, Tensor(e!) d_positions,"
+      " Tensor(f!) products, Tensor(g!) coefficients, Tensor(h!) moments, Tensor(i!) means,"
+      " Tensor(j!) sums, int[] group) -> ()");
   m.def("sources() -> int");
 }
 
@@ -310,6 +379,7 @@ STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CUDA, m) {
   m.impl("head_loss", TORCH_BOX(&head_loss));
   m.impl("forward_process", TORCH_BOX(&forward_process));
   m.impl("stem", TORCH_BOX(&stem));
+  m.impl("stem_backward", TORCH_BOX(&stem_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CompositeExplicitAutograd, m) {

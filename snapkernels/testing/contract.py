@@ -23,9 +23,14 @@ def named_backend_raises(
     assert reason in message and repr(backend.name) in message, message
 
 
-def gradients_of(op: Op, values: tuple[Any, ...], backend: str | None) -> tuple[torch.Tensor, ...]:
-    """Gradients of every floating-point input for `output_gradient`."""
-    return _gradients(op, values, backend, None)
+def gradients_of(
+    op: Op, values: tuple[Any, ...], backend: str | None, *, asked: bool = True
+) -> tuple[torch.Tensor, ...]:
+    """Gradients for `output_gradient` of every differentiable input.
+
+    Without `asked`, of those only that training needs the gradients of.
+    """
+    return _gradients(op, values, backend, None, asked)
 
 
 def output_gradient(output: torch.Tensor) -> torch.Tensor:
@@ -37,10 +42,11 @@ def output_gradient(output: torch.Tensor) -> torch.Tensor:
     return drawn.to(output.dtype)
 
 
-def needed(spec: Spec, values: tuple[Any, ...]) -> tuple[bool, ...]:
-    """What a backend's backward is told when every gradient is wanted."""
+def needed(spec: Spec, values: tuple[Any, ...], *, asked: bool = True) -> tuple[bool, ...]:
+    """What a backend's backward is told when the gradients of `leaves` are wanted."""
+    wanted = {id(leaf) for leaf in leaves(spec, values, asked=asked)}
     pairs = zip(spec.flatten(values), spec.differentiable, strict=True)
-    return tuple(one is not None for one, has in pairs if has)
+    return tuple(id(one) in wanted for one, has in pairs if has)
 
 
 def any_strides(op: Op, device: str) -> None:
@@ -245,9 +251,15 @@ def _small(spec: Spec, device: str) -> tuple[Any, ...]:
 
 
 def _gradients(
-    op: Op, values: tuple[Any, ...], backend: str | None, grad: torch.Tensor | None
+    op: Op,
+    values: tuple[Any, ...],
+    backend: str | None,
+    grad: torch.Tensor | None,
+    asked: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values)]
+    for leaf in leaves(op.spec, values):
+        leaf.requires_grad_(False)
+    inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values, asked=asked)]
     output = call(op, values, backend)
     return torch.autograd.grad(output, inputs, output_gradient(output) if grad is None else grad)
 

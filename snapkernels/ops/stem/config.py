@@ -13,6 +13,13 @@ CUDA_COLUMNS = 64  # of D at once, so D is in 64s
 CUDA_SHARED_BYTES = 232448  # of a block: W, bias, norm_weight and norm_bias stay there
 CUDA_MOST_TOKENS = 2**31 - 64  # a tile of 64 may be the last
 CUDA_MOST_PIXELS = 2**31 - 1  # of a frame
+CUDA_BACKWARD_CHANNELS = (3, 6)  # of both videos, the first with three: 48 or 96 features
+CUDA_BACKWARD_COLUMNS = 256  # of D, of a block: 104 of its accumulators a thread, 52 more beside
+CUDA_BACKWARD_LEAST_GROUPS = 13  # of all videos: with fewer 64 tokens may have 7 positions
+CUDA_BACKWARD_TOKENS = 64  # of a stage
+CUDA_BACKWARD_PART = 128  # columns of D in one part of c1 and c2
+CUDA_BACKWARD_EXTRA = 8  # columns of a product beside the features
+CUDA_BACKWARD_MOMENT_BLOCKS = 2  # for each multiprocessor: one loads while the other multiplies
 VECTOR = 16  # bytes of the CUDA kernel's loads and stores
 WEIGHTS = ("weight", "bias", "norm_weight", "norm_bias", "positions")
 
@@ -89,6 +96,34 @@ def cuda_refuses(
     frame = max(prod(tensor.shape[3:]) for tensor in pixels.values())
     if frame > CUDA_MOST_PIXELS:
         return f"a frame has {frame} pixels, more than {CUDA_MOST_PIXELS}"
+    return None
+
+
+def cuda_backward_refuses(
+    video: torch.Tensor,
+    scale: torch.Tensor,
+    low_res: torch.Tensor | None,
+    w: tuple[torch.Tensor, ...],
+    patch: int,
+    group: tuple[int, int, int],
+    eps: float,
+) -> str | None:
+    """Why the CUDA kernel of the weights' gradients cannot run this call, or None."""
+    if reason := cuda_refuses(video, scale, low_res, w, patch, group, eps):
+        return reason
+    channels = video.shape[1] + (0 if low_res is None else low_res.shape[1])
+    if video.shape[1] != CUDA_BACKWARD_CHANNELS[0] or channels not in CUDA_BACKWARD_CHANNELS:
+        return f"the video has {video.shape[1]} channels, both have {channels}: not 3, or 3 and 3"
+    if w[0].shape[0] % CUDA_BACKWARD_COLUMNS:
+        return f"a token is {w[0].shape[0]} wide, not a multiple of {CUDA_BACKWARD_COLUMNS}"
+    tables, patches = w[4].shape[:2]
+    if tables != 1:
+        return f"there are {tables} position tables, not one"
+    batch, _, frames, h, w_pixels = video.shape
+    rows = -(-h // (patch * group[1])) * group[1]
+    groups = batch * frames * rows * (w_pixels // patch) // max(patches, 1)
+    if groups < CUDA_BACKWARD_LEAST_GROUPS:
+        return f"all videos have {groups} groups, fewer than {CUDA_BACKWARD_LEAST_GROUPS}"
     return None
 
 

@@ -1,7 +1,9 @@
-"""stem in CUDA C++: csrc/stem/stem_forward.cuh."""
+"""stem in CUDA C++: csrc/stem/stem_forward.cuh, stem_backward.cuh."""
 
 import torch
 
+from snapkernels.ops.stem import config
+from snapkernels.ops.stem.kernels.triton_bwd import stem_backward as triton_backward
 from snapkernels.ops.stem.weights import StemWeights
 from snapkernels.patches import PatchLayout
 
@@ -23,3 +25,54 @@ def stem(
     rstd = w.weight.new_empty(shape, dtype=torch.float32)
     torch.ops.snapkernels_cuda.stem(video, scale, low_res, *w, tokens, rstd, group, eps)
     return tokens, rstd
+
+
+def stem_backward(
+    needs: tuple[bool, ...],
+    grad: torch.Tensor,
+    rstd: torch.Tensor,
+    video: torch.Tensor,
+    scale: torch.Tensor,
+    low_res: torch.Tensor | None,
+    w: StemWeights,
+    patch: int,
+    group: tuple[int, int, int],
+    eps: float,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of (video, *w) that `needs` asks for, the others None.
+
+    Triton has that of the video, and what `config.cuda_backward_refuses`.
+    """
+    call = (video, scale, low_res, w, patch, group, eps)
+    if needs[0] or not grad.numel() or config.cuda_backward_refuses(*call):
+        return triton_backward(needs, grad, rstd, *call)
+    grad = grad.contiguous()
+    if grad.data_ptr() % config.VECTOR:
+        grad = grad.clone()
+    (dim, columns), tokens = w.weight.shape, rstd.numel()
+    columns += config.CUDA_BACKWARD_EXTRA
+    processors = torch.cuda.get_device_properties(grad.device).multi_processor_count
+    slices = dim // config.CUDA_BACKWARD_COLUMNS
+    ranges = min(w.positions.shape[1], max(1, processors // slices))
+    tiles = -(-tokens // config.CUDA_BACKWARD_TOKENS)
+    blocks = min(tiles, processors * config.CUDA_BACKWARD_MOMENT_BLOCKS)
+    scratch = (
+        (ranges, dim, columns),
+        (dim // config.CUDA_BACKWARD_PART, tokens, 2),
+        (blocks, columns, columns),
+        (columns,),
+        (dim + columns, columns),
+    )
+    found = [torch.empty_like(one) for one in w]
+    torch.ops.snapkernels_cuda.stem_backward(
+        grad,
+        rstd.contiguous(),
+        video,
+        scale,
+        low_res,
+        *w[:3],
+        *found,
+        *(rstd.new_empty(shape) for shape in scratch),
+        group,
+    )
+    return None, *(one if need else None for one, need in zip(found, needs[1:], strict=True))

@@ -1,0 +1,80 @@
+// The launches of the stem's backward, each beginning while the one before it ends.
+#include "stem/stem_backward_finish.cuh"
+
+namespace snapkernels {
+namespace {
+
+template <typename... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, int shared,
+                   cudaStream_t stream, const Parameters&... parameters) {
+  if (shared > 0) {
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, most, shared);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
+}
+
+template <int kChannels>
+cudaError_t launch_all(const StemBackwardArguments& given, const StemBackwardMap& map,
+                       cudaStream_t stream) {
+  const int width = map.at.token_width;
+  cudaError_t error =
+      launch(stem_backward_kernel<kChannels>, map.slices * given.ranges, kBackwardThreads,
+             StemBackwardShared<kChannels>::kBytes, stream, map, given);
+  if (error != cudaSuccess) return error;
+  error = launch(stem_moments_kernel<kChannels>, given.blocks, kMomentThreads,
+                 StemMomentShared<kChannels>::kBytes, stream, map, given);
+  if (error != cudaSuccess) return error;
+  constexpr int kColumns = StemBackwardShared<kChannels>::kColumns;
+  const int products = width * kColumns / 4, moments = kColumns * kColumns / 4;
+  error = launch(stem_sums_kernel, (products + moments + kSumVectors - 1) / kSumVectors,
+                 kSumParts * kSumVectors, 0, stream, given, products, moments);
+  if (error != cudaSuccess) return error;
+  return launch(stem_combine_kernel<kChannels>, width / kCombineRows, kCombineThreads, 0, stream,
+                given, width);
+}
+
+}  // namespace
+
+cudaError_t stem_backward(const StemBackwardArguments& given, const StemGeometry& at,
+                          cudaStream_t stream) {
+  const int group_rows = kStemPatch * at.group_h;
+  const int groups_h = (at.height + group_rows - 1) / group_rows;
+  const int groups_w = at.width / (kStemPatch * at.group_w);
+  const int groups = at.frames / at.group_t * groups_h * groups_w;
+  const int positions = at.group_t * at.group_h * at.group_w;
+  const StemBackwardMap map{at,
+                            at.batch * groups * positions,
+                            positions,
+                            at.token_width / kStemSlice,
+                            1.f / at.token_width,
+                            static_cast<float>(at.low_height) / at.height,
+                            static_cast<float>(at.low_width) / at.width,
+                            Divider(at.batch * groups),
+                            Divider(groups),
+                            Divider(groups_h),
+                            Divider(groups_w),
+                            Divider(at.group_h),
+                            Divider(at.group_w)};
+  switch (at.channels + at.low_channels) {
+    case 3:
+      return launch_all<3>(given, map, stream);
+    case 6:
+      return launch_all<6>(given, map, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace snapkernels

@@ -1,0 +1,184 @@
+// Hopper's asynchronous pieces, each one instruction: products of matrices in shared memory, the
+// barriers that hand stages on, and copies past the registers.
+//
+// Every matrix here is in rows of 128 bytes, 1024-byte aligned in eights, with the 16-byte chunks
+// of row r exchanged by an exclusive or with r % 8: the 128-byte swizzle, conflict-free both ways.
+#pragma once
+
+#include <cstdint>
+
+namespace snapkernels {
+
+constexpr int kMatrixRow = 128;  // bytes: 64 bfloat16
+
+// Where the 16 bytes `chunk` (0 to 7) of row `row` lie in such a matrix.
+__device__ inline int swizzled(int row, int chunk) {
+  return row * kMatrixRow + ((chunk ^ (row % 8)) << 4);
+}
+
+// wgmma's view of a matrix from `address` on: bits 0 to 13 the address, 16 to 29 a step that one
+// block of 64 never takes, 32 to 45 the next eight rows, 62 and 63 the swizzle; in 16s of bytes.
+// Rows are of M or N with 16 of K as 32 bytes of each; or, transposed, of K with 64 of M in each.
+__device__ inline uint64_t matrix_view(uint32_t address) {
+  return static_cast<uint64_t>(address >> 4 & 0x3fff) | 1ull << 16 |
+         static_cast<uint64_t>(8 * kMatrixRow >> 4) << 32 | 1ull << 62;
+}
+
+__device__ inline uint64_t further(uint64_t view, int bytes) { return view + (bytes >> 4); }
+
+// Accumulators of 64 x 8 kBlocks: column 8 j + 2 q + i % 2 of row r + 8 (i / 2) of a warp's 16, in
+// lane 4 r + q.
+template <int kBlocks>
+using Accumulators = float[kBlocks][4];
+
+#define SNAP_FOUR(j) "+f"(sum[j][0]), "+f"(sum[j][1]), "+f"(sum[j][2]), "+f"(sum[j][3])
+
+// 64 x 56, 16 of K, added to `sum` or its first. kTransposedA: rows of `a` are of K.
+template <bool kTransposedA, bool kAdd>
+__device__ inline void multiply(Accumulators<7>& sum, uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27}, %28, %29, %30, 1, 1, %31, 0;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5),
+        SNAP_FOUR(6)
+      : "l"(a), "l"(b), "n"(kAdd ? 1 : 0), "n"(kTransposedA ? 1 : 0));
+}
+
+// 64 x 104.
+template <bool kTransposedA, bool kAdd>
+__device__ inline void multiply(Accumulators<13>& sum, uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n104k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51}, "
+      "%52, %53, %54, 1, 1, %55, 0;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5),
+        SNAP_FOUR(6), SNAP_FOUR(7), SNAP_FOUR(8), SNAP_FOUR(9), SNAP_FOUR(10), SNAP_FOUR(11),
+        SNAP_FOUR(12)
+      : "l"(a), "l"(b), "n"(kAdd ? 1 : 0), "n"(kTransposedA ? 1 : 0));
+}
+
+#undef SNAP_FOUR
+
+// Before the first product after other code touched its accumulators.
+__device__ inline void multiply_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ inline void multiply_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Until all but the last kLater commits are done.
+template <int kLater>
+__device__ inline void multiply_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLater) : "memory");
+}
+
+// Keeps the compiler from moving what it does to `sum` across this.
+template <int kBlocks>
+__device__ inline void settle(Accumulators<kBlocks>& sum) {
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(sum[j][i])::"memory");
+  }
+}
+
+// What this thread wrote to shared memory becomes visible to wgmma, which is another proxy.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Four (two) 8 x 8 matrices, transposed: of matrix i, whose row l % 8 is at the address of lane
+// l = 8 i + l % 8, lane 4 r + q gets rows 2 q and 2 q + 1 of column r.
+__device__ inline void load_transposed(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ inline void load_transposed(uint32_t (&to)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1])
+               : "r"(address)
+               : "memory");
+}
+
+// 16 bytes that this block will not read again: they leave the cache to others. Volatile: under way
+// from here on, not from their first use.
+__device__ inline float4 load_once(const float* from) {
+  float4 loaded;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(loaded.x), "=f"(loaded.y), "=f"(loaded.z), "=f"(loaded.w)
+               : "l"(from));
+  return loaded;
+}
+
+// How L2 is to hold what passes once: as the first to make room.
+__device__ inline uint64_t first_to_leave() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 16 bytes from device memory; or zeros, and `from` is not read.
+__device__ inline void copy_to_shared(uint32_t to, const void* from, bool some, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
+               "l"(from), "r"(some ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but this thread's last kLater commits have arrived.
+template <int kLater>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
+// A barrier of `arrivals`, at 8 bytes of shared memory. Its phase flips when all have arrived.
+__device__ inline void phase_begin(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ inline void phase_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Until the phase of this parity is over; that before the first counts as over, and is odd.
+__device__ inline void phase_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@!over bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Registers of a thread of this warpgroup, in 8s, given up to or taken from the block's pool.
+template <int kRegisters>
+__device__ inline void registers_shrink() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ inline void registers_grow() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The launch overlaps the end of the kernel before: nothing but parameters is read until then.
+__device__ inline void after_kernel_before() {
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+__device__ inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
+}  // namespace snapkernels
