@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "head/head.h"
+#include "head/head_backward.h"
 #include "noise/forward_process.h"
 #include "patch/cell_transpose.h"
 #include "stem/stem.h"
@@ -122,7 +123,7 @@ snapkernels::HeadArguments head_arguments(const char* op, const Tensor& tokens,
                   op, ": the tokens do not fit the video");
   const int64_t count = tokens.size(0) * tokens.size(1) * patches, width = tokens.size(3);
   const int64_t features = video.size(1) * kPatch * kPatch;
-  STD_TORCH_CHECK(count > 0 && count <= INT32_MAX - snapkernels::kHeadTokens + 1, op, ": ", count,
+  STD_TORCH_CHECK(count > 0 && count <= INT32_MAX - snapkernels::kHeadTile + 1, op, ": ", count,
                   " tokens");
   at = {static_cast<int>(video.size(0)), static_cast<int>(video.size(1)),
         static_cast<int>(video.size(2)), static_cast<int>(video.size(3)),
@@ -141,11 +142,26 @@ snapkernels::HeadArguments head_arguments(const char* op, const Tensor& tokens,
 
 constexpr auto kFloat = torch::headeronly::ScalarType::Float;
 
+// What a backward will need, where there are tensors for it: `each` float32 of every token.
+void head_saves(const char* op, const std::optional<Tensor>& features,
+                const std::optional<Tensor>& rows, int each, const Tensor& tokens,
+                const Tensor& bias, snapkernels::HeadArguments& given) {
+  constexpr auto kBfloat16 = torch::headeronly::ScalarType::BFloat16;
+  STD_TORCH_CHECK(features.has_value() == rows.has_value(), op, ": one of two to save");
+  if (!features) return;
+  const int64_t count = tokens.numel() / tokens.size(3);
+  given.features =
+      head_data<void>(op, "features", *features, kBfloat16, count * bias.numel(), tokens);
+  given.rows = head_data<float>(op, "rows", *rows, kFloat, count * each, tokens);
+}
+
 void head(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias,
-          Tensor out, std::vector<int64_t> group, double eps) {
+          Tensor out, std::optional<Tensor> features, std::optional<Tensor> moments,
+          std::vector<int64_t> group, double eps) {
   snapkernels::HeadGeometry at;
   auto given = head_arguments("head", tokens, norm_weight, norm_bias, weight, bias, out, group,
                               eps, at);
+  head_saves("head", features, moments, 2, tokens, bias, given);
   given.out = head_data<float>("head", "out", out, kFloat, out.numel(), tokens);
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch("head", snapkernels::head(given, at, current_stream(tokens)));
@@ -153,11 +169,13 @@ void head(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor weight, Te
 
 void head_mix(Tensor tokens, Tensor video, std::optional<Tensor> other, Tensor mix,
               Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, Tensor out,
+              std::optional<Tensor> features, std::optional<Tensor> moments,
               std::vector<int64_t> group, double eps) {
   const char* const op = "head_mix";
   snapkernels::HeadGeometry at;
   auto given =
       head_arguments(op, tokens, norm_weight, norm_bias, weight, bias, video, group, eps, at);
+  head_saves(op, features, moments, 2, tokens, bias, given);
   const int64_t pixels = video.numel();
   given.video = head_data<float>(op, "video", video, kFloat, pixels, tokens);
   if (other) given.other = head_data<float>(op, "other", *other, kFloat, pixels, tokens);
@@ -169,12 +187,14 @@ void head_mix(Tensor tokens, Tensor video, std::optional<Tensor> other, Tensor m
 
 void head_loss(Tensor tokens, Tensor video, Tensor sample, Tensor terms, Tensor norm_weight,
                Tensor norm_bias, Tensor weight, Tensor bias, Tensor partial, Tensor out,
-               int64_t seed, std::vector<int64_t> group, double eps) {
+               std::optional<Tensor> feature_grad, std::optional<Tensor> rows, int64_t seed,
+               std::vector<int64_t> group, double eps) {
   const char* const op = "head_loss";
   constexpr auto kLong = torch::headeronly::ScalarType::Long;
   snapkernels::HeadGeometry at;
   auto given =
       head_arguments(op, tokens, norm_weight, norm_bias, weight, bias, video, group, eps, at);
+  head_saves(op, feature_grad, rows, 4, tokens, bias, given);
   given.video = head_data<float>(op, "video", video, kFloat, video.numel(), tokens);
   given.factors = head_data<float>(op, "terms", terms, kFloat, 3 * video.size(0), tokens);
   given.sample = head_data<int64_t>(op, "sample", sample, kLong, video.size(0), tokens);
@@ -184,6 +204,47 @@ void head_loss(Tensor tokens, Tensor video, Tensor sample, Tensor terms, Tensor 
   given.seed = seed;
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(op, snapkernels::head_loss(given, at, current_stream(tokens)));
+}
+
+// Gradients of tokens and weights, either of which may be left out.
+void head_backward(Tensor tokens, Tensor feature_grad, Tensor rows, std::optional<Tensor> scale,
+                   Tensor norm_weight, Tensor norm_bias, Tensor weight,
+                   std::optional<Tensor> d_tokens, std::optional<Tensor> d_norm_weight,
+                   std::optional<Tensor> d_norm_bias, std::optional<Tensor> d_weight,
+                   std::optional<Tensor> d_bias, std::optional<Tensor> products,
+                   std::optional<Tensor> sums, int64_t ranges) {
+  const char* const op = "head_backward";
+  constexpr auto kBfloat16 = torch::headeronly::ScalarType::BFloat16;
+  STD_TORCH_CHECK(weight.dim() == 2 && tokens.numel() > 0 && ranges > 0 && ranges <= 65535, op,
+                  ": weight, tokens, ranges");
+  const int64_t features = weight.size(0), width = weight.size(1), count = tokens.numel() / width;
+  STD_TORCH_CHECK(count <= INT32_MAX - snapkernels::kHeadStageTokens, op, ": ", count, " tokens");
+  const auto bfloat16s = [&](const char* name, const Tensor& tensor, int64_t numel) {
+    return head_data<void>(op, name, tensor, kBfloat16, numel, tokens);
+  };
+  snapkernels::HeadBackwardArguments given{};
+  given.tokens = bfloat16s("tokens", tokens, count * width);
+  given.feature_grad = bfloat16s("feature_grad", feature_grad, count * features);
+  given.rows = head_data<float>(op, "rows", rows, kFloat, count * 4, tokens);
+  if (scale) given.scale = head_data<float>(op, "scale", *scale, kFloat, 1, tokens);
+  given.norm_weight = bfloat16s("norm_weight", norm_weight, width);
+  given.norm_bias = bfloat16s("norm_bias", norm_bias, width);
+  given.weight = bfloat16s("weight", weight, features * width);
+  if (d_tokens) given.d_tokens = bfloat16s("d_tokens", *d_tokens, count * width);
+  if (products) {
+    STD_TORCH_CHECK(d_norm_weight && d_norm_bias && d_weight && d_bias && sums, op,
+                    ": gradients of the weights go together");
+    given.d_norm_weight = bfloat16s("d_norm_weight", *d_norm_weight, width);
+    given.d_norm_bias = bfloat16s("d_norm_bias", *d_norm_bias, width);
+    given.d_weight = bfloat16s("d_weight", *d_weight, features * width);
+    given.d_bias = bfloat16s("d_bias", *d_bias, features);
+    given.products =
+        head_data<float>(op, "products", *products, kFloat, ranges * width * features, tokens);
+    given.sums = head_data<float>(op, "sums", *sums, kFloat, ranges * features, tokens);
+  }
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  check_launch(op, snapkernels::head_backward(given, count, width, features, ranges,
+                                              current_stream(tokens)));
 }
 
 void forward_process(Tensor video, Tensor sigma, Tensor sample, Tensor x_sigma, double sigma_in,
@@ -346,15 +407,21 @@ STABLE_TORCH_LIBRARY(snapkernels_cuda, m) {
   m.def("unpatchify(Tensor tokens, Tensor(a!) video, int patch, int[] group) -> ()");
   m.def(
       "head(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias,"
-      " Tensor(a!) out, int[] group, float eps) -> ()");
+      " Tensor(a!) out, Tensor(b!)? features, Tensor(c!)? moments, int[] group, float eps)"
+      " -> ()");
   m.def(
       "head_mix(Tensor tokens, Tensor video, Tensor? other, Tensor mix, Tensor norm_weight,"
-      " Tensor norm_bias, Tensor weight, Tensor bias, Tensor(a!) out, int[] group, float eps)"
-      " -> ()");
+      " Tensor norm_bias, Tensor weight, Tensor bias, Tensor(a!) out, Tensor(b!)? features,"
+      " Tensor(c!)? moments, int[] group, float eps) -> ()");
   m.def(
       "head_loss(Tensor tokens, Tensor video, Tensor sample, Tensor terms, Tensor norm_weight,"
       " Tensor norm_bias, Tensor weight, Tensor bias, Tensor(a!) partial, Tensor(b!) out,"
-      " int seed, int[] group, float eps) -> ()");
+      " Tensor(c!)? feature_grad, Tensor(d!)? rows, int seed, int[] group, float eps) -> ()");
+  m.def(
+      "head_backward(Tensor tokens, Tensor feature_grad, Tensor rows, Tensor? scale,"
+      " Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor(a!)? d_tokens,"
+      " Tensor(b!)? d_norm_weight, Tensor(c!)? d_norm_bias, Tensor(d!)? d_weight,"
+      " Tensor(e!)? d_bias, Tensor(f!)? products, Tensor(g!)? sums, int ranges) -> ()");
   m.def(
       "forward_process(Tensor video, Tensor sigma, Tensor sample, Tensor(a!) x_sigma,"
       " float sigma_in, int seed) -> ()");
@@ -377,6 +444,7 @@ STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CUDA, m) {
   m.impl("head", TORCH_BOX(&head));
   m.impl("head_mix", TORCH_BOX(&head_mix));
   m.impl("head_loss", TORCH_BOX(&head_loss));
+  m.impl("head_backward", TORCH_BOX(&head_backward));
   m.impl("forward_process", TORCH_BOX(&forward_process));
   m.impl("stem", TORCH_BOX(&stem));
   m.impl("stem_backward", TORCH_BOX(&stem_backward));

@@ -60,6 +60,72 @@ __device__ inline void multiply(Accumulators<13>& sum, uint64_t a, uint64_t b) {
       : "l"(a), "l"(b), "n"(kAdd ? 1 : 0), "n"(kTransposedA ? 1 : 0));
 }
 
+// 64 x 128, rows of both of M and N.
+template <bool kAdd>
+__device__ inline void multiply(Accumulators<16>& sum, uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, %66, 1, 1, 0, 0;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5),
+        SNAP_FOUR(6), SNAP_FOUR(7), SNAP_FOUR(8), SNAP_FOUR(9), SNAP_FOUR(10), SNAP_FOUR(11),
+        SNAP_FOUR(12), SNAP_FOUR(13), SNAP_FOUR(14), SNAP_FOUR(15)
+      : "l"(a), "l"(b), "n"(kAdd ? 1 : 0));
+}
+
+// 64 x 48 and 64 x 16, rows of both of K, added to `sum`.
+__device__ inline void multiply_columns(Accumulators<6>& sum, uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23}, %24, %25, 1, 1, 1, 1, 1;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5)
+      : "l"(a), "l"(b));
+}
+
+__device__ inline void multiply_columns(Accumulators<2>& sum, uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, 1, 1;"
+      : SNAP_FOUR(0), SNAP_FOUR(1)
+      : "l"(a), "l"(b));
+}
+
+// 64 x 48 and 64 x 16, added to `sum`; `a` is in registers, as lanes of mma.m16n8k16 have it. `b` is
+// the low word of a view without swizzle: matrices of 8 of N and 8 of K, 128 bytes each, the second
+// half of K 128 bytes on (bits 16 to 29 of the word), the next eight of N 256 (the high word, 16).
+template <int kBlocks>
+__device__ void multiply_rows(Accumulators<kBlocks>& sum, const uint32_t (&a)[4], uint32_t b);
+
+template <>
+__device__ inline void multiply_rows<6>(Accumulators<6>& sum, const uint32_t (&a)[4], uint32_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 matrices;\n"
+      "mov.b64 matrices, {%28, 16};\n"
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23}, {%24, %25, %26, %27}, matrices, 1, 1, 1, 0;\n"
+      "}"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
+template <>
+__device__ inline void multiply_rows<2>(Accumulators<2>& sum, const uint32_t (&a)[4], uint32_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 matrices;\n"
+      "mov.b64 matrices, {%12, 16};\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, matrices, 1, 1, 1, 0;\n"
+      "}"
+      : SNAP_FOUR(0), SNAP_FOUR(1)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
 #undef SNAP_FOUR
 
 // Before the first product after other code touched its accumulators.
@@ -123,6 +189,13 @@ __device__ inline uint64_t first_to_leave() {
   return policy;
 }
 
+// As anything else: for what other blocks will read.
+__device__ inline uint64_t normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // 16 bytes from device memory; or zeros, and `from` is not read.
 __device__ inline void copy_to_shared(uint32_t to, const void* from, bool some, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
@@ -138,13 +211,43 @@ __device__ inline void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 }
 
+// Named barriers of `threads` of the block; 0 is __syncthreads().
+__device__ inline void barrier_wait(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // A barrier of `arrivals`, at 8 bytes of shared memory. Its phase flips when all have arrived.
 __device__ inline void phase_begin(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
+// After the barriers of a block began, by the thread that did: bulk copies know them.
+__device__ inline void phases_begun() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 __device__ inline void phase_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same, and the phase also waits for so many bytes of bulk copies.
+__device__ inline void phase_arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Bytes in 16s from device memory, which count at `barrier` when they are there.
+__device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier,
+                                 uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
 // Until the phase of this parity is over; that before the first counts as over, and is odd.

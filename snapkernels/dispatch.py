@@ -52,6 +52,12 @@ def implementation(backend: Backend) -> Callable[..., Any]:
     return _import(backend.run) if isinstance(backend.run, str) else backend.run
 
 
+def saving(backend: Backend) -> Callable[..., Any]:
+    """The function that runs `backend` where its backward may follow, imported like the other."""
+    function = backend.saving or backend.run
+    return _import(function) if isinstance(function, str) else function
+
+
 def backward_of(backend: Backend) -> Callable[..., Any]:
     """The function of the backward of `backend`, which has one, imported like the forward's."""
     assert backend.backward is not None

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from snapkernels.dispatch import backward_of, choose, implementation
+from snapkernels.dispatch import backward_of, choose, implementation, saving
 from snapkernels.spec import PLAIN, Fields, Spec
 
 _LIBRARY = torch.library.Library("snapkernels", "FRAGMENT")
@@ -102,7 +102,7 @@ def _register_forward(spec: Spec) -> Callable[..., Any]:
     def run(*flat: Any) -> Any:
         call, backend = _split(spec, flat)
         chosen = choose(spec, backend, call)
-        result = implementation(chosen)(*call)
+        result = saving(chosen)(*call)
         if not spec.saved or chosen.backward:
             return result
         return result, *(torch.zeros_like(one) for one in _saved(spec, call))

@@ -95,7 +95,10 @@ class Backend:
     Attributes:
         name: what a caller writes in `backend=`.
         run: the function, or "module:function" to be imported at first use. It returns the
-            output; of a backend with `backward`, the spec's `saved` after it.
+            output; of a backend with `backward` and no `saving`, the spec's `saved` after it.
+        saving: likewise, of a backend with `backward` whose inference is not to pay for what is
+            saved: it returns the output and the spec's `saved`, and `run` the output alone. It is
+            what the registered op runs: a call that is to be differentiated, or is traced.
         backward: likewise, called with what gradients are needed, the output's gradient and what
             was saved, then the inputs and options: the gradients of every differentiable tensor
             of the inputs, None where one is not needed. Without it PyTorch differentiates `run`.
@@ -104,6 +107,7 @@ class Backend:
 
     name: str
     run: Callable[..., Any] | str
+    saving: Callable[..., Any] | str | None = None
     backward: Callable[..., Any] | str | None = None
     refuses: Callable[..., str | None] = lambda *_: None
 
@@ -131,8 +135,9 @@ class Case:
 class Mutant:
     """A seeded bug: the source of `backend` with `find`, which it has once, replaced.
 
-    The source is the module of the backend's function, or of its backward's, or, for a compiled
-    one, `file` in csrc.
+    The source is the module of the backend's function, or of its backward's, or the `module` beside
+    that, which it imports, or, for a compiled one, `file` in csrc. The values show it or, with
+    `backward`, the gradients.
     """
 
     name: str
@@ -140,6 +145,7 @@ class Mutant:
     find: str
     replace: str
     file: str | None = None
+    module: str | None = None
     backward: bool = False
 
 

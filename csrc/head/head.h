@@ -8,7 +8,8 @@
 namespace snapkernels {
 
 constexpr int kHeadPatch = 4;        // pixels of a side: a row of a patch is one float4
-constexpr int kHeadTokens = 16;      // of a tile; counts of tokens leave so much below 2^31
+constexpr int kHeadTokens = 16;      // of a warp
+constexpr int kHeadTile = 64;        // of a warpgroup; counts of tokens leave so much below 2^31
 constexpr int kHeadPartials = 1024;  // float32 that head_loss may write to `partial`
 
 // A video (B, C, T, H, W) and its tokens (B, G, N, D), both contiguous. The token grid has whole
@@ -28,6 +29,13 @@ struct HeadArguments {
   float *out, *partial;
   uint64_t seed;
   float eps;
+
+  // What a backward needs, of every token; both null where there will be none. Of head and head_mix
+  // F in bfloat16, and mean and 1 / standard deviation. Of head_loss factors[b, 0] (F - target) in
+  // bfloat16, zeros where there is no pixel, and four numbers: the same two, then with dF what was
+  // written, c1 = dF . (W norm_weight) / D and c2 = dF . (F - bias - W norm_bias) / D.
+  void* features;  // (tokens, features of a patch)
+  float* rows;     // (tokens, 2 or 4)
 };
 
 // out = F = crop(unpatchify(W LN(tokens) + bias)).

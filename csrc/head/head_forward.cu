@@ -1,5 +1,6 @@
 // The launches of head_forward.cuh: one instance for each end, width of a token and of a patch.
 #include "head/head_forward.cuh"
+#include "launch.cuh"
 
 #include <algorithm>
 
@@ -7,49 +8,34 @@ namespace snapkernels {
 namespace {
 
 // One block a multiprocessor; where there are fewer tiles, one for each before any block has two.
-template <HeadEnd kEnd, int kWidth, int kFeatures>
-cudaError_t launch(const HeadArguments& given, const HeadMap& map, cudaStream_t stream) {
+template <HeadEnd kEnd, bool kSaves, int kWidth, int kFeatures>
+cudaError_t launch_end(const HeadArguments& given, const HeadMap& map, cudaStream_t stream) {
   int device, multiprocessors;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const int blocks = std::min({multiprocessors, map.tiles, kHeadPartials / kHeadUnits});
+  const int blocks = std::min({multiprocessors, map.tiles, kHeadPartials});
 
-  const auto kernel = head_forward_kernel<kEnd, kWidth, kFeatures>;
-  constexpr int kShared = sizeof(HeadShared<kWidth, kFeatures>);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = kHeadUnits * kHeadUnitThreads;
-  config.dynamicSmemBytes = kShared;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, map, given);
+  error = launch(head_forward_kernel<kEnd, kSaves, kWidth, kFeatures>, blocks, kHeadThreads,
+                 sizeof(HeadShared<kWidth, kFeatures>), stream, map, given);
   if (kEnd != HeadEnd::kLoss || error != cudaSuccess) return error;
-
-  config.gridDim = 1;
-  config.blockDim = kHeadPartials;
-  config.dynamicSmemBytes = 0;
   const float pixels = static_cast<float>(map.at.batch * map.video_pixels);
-  return cudaLaunchKernelEx(&config, head_loss_mean_kernel,
-                            static_cast<const float*>(given.partial), given.out,
-                            blocks * kHeadUnits, pixels);
+  return launch(head_loss_mean_kernel, 1, kHeadPartials, 0, stream,
+                static_cast<const float*>(given.partial), given.out, blocks, pixels);
 }
 
 template <HeadEnd kEnd, int kWidth>
 cudaError_t launch_for_features(const HeadArguments& given, const HeadMap& map,
                                 cudaStream_t stream) {
+  const bool saves = given.features != nullptr;
   switch (map.at.channels) {
     case 1:
-      return launch<kEnd, kWidth, 16>(given, map, stream);
+      return saves ? launch_end<kEnd, true, kWidth, 16>(given, map, stream)
+                   : launch_end<kEnd, false, kWidth, 16>(given, map, stream);
     case 3:
-      return launch<kEnd, kWidth, 48>(given, map, stream);
+      return saves ? launch_end<kEnd, true, kWidth, 48>(given, map, stream)
+                   : launch_end<kEnd, false, kWidth, 48>(given, map, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -65,7 +51,7 @@ cudaError_t launch_for_width(const HeadArguments& given, const HeadGeometry& at,
   const int tokens = at.batch * groups * group_tokens;
   const HeadMap map{at,
                     tokens,
-                    (tokens + kHeadTokens - 1) / kHeadTokens,
+                    (tokens + kHeadTile - 1) / kHeadTile,
                     static_cast<int64_t>(at.channels) * at.frames * at.height * at.width,
                     Divider(group_tokens),
                     Divider(groups),

@@ -21,8 +21,10 @@
 //   and 64 with its three neighbours.
 #pragma once
 
+#include "bf16.cuh"
 #include "divider.cuh"
 #include "stem/stem.h"
+#include "wgmma.cuh"
 
 namespace snapkernels {
 
@@ -60,15 +62,6 @@ int stem_shared_bytes(int width) {
   return (width / kStemColumns * each + kSteps * kStemMeans) * static_cast<int>(sizeof(uint4));
 }
 
-__device__ inline float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-__device__ inline uint32_t bf16_pair(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 __device__ inline float bf16_rounded(float x) { return bf16_low(bf16_pair(x, 0.f)); }
 
 // Three bfloat16 that add up to x: 24 bits.
@@ -98,14 +91,6 @@ __device__ inline uint4 load_ahead(const uint4* source) {
                : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
                : "l"(source));
   return loaded;
-}
-
-__device__ inline void barrier_wait(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ inline void barrier_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Accumulators of 64 x 64: column 8 j + 2 q + i % 2 of row r + 8 (i / 2) of the warp's 16 tokens.

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from snapkernels import env
-from snapkernels.dispatch import backward_of, implementation
+from snapkernels.dispatch import backward_of, implementation, saving
 from snapkernels.registry import OPS
 from snapkernels.spec import Backend, Case, Spec
 from snapkernels.testing import contract
@@ -127,8 +127,10 @@ def _all_reports() -> dict[str, list[Report]]:
 
 
 def _both_ways(spec: Spec, backend: Backend, values: tuple[Any, ...]) -> None:
-    """The forward of `backend`, and its backward for every gradient, if it has one of its own."""
+    """Each forward of `backend`, and its backward for every gradient, if it has one of its own."""
     result = implementation(backend)(*values)
+    if backend.saving:
+        result = saving(backend)(*values)
     if backend.backward:
         output, *saved = result if isinstance(result, tuple) else (result,)
         needs = contract.needed(spec, values)

@@ -2,8 +2,8 @@
 
 import hashlib
 import importlib
-import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from snapkernels import extension
-from snapkernels.dispatch import backward_of, implementation
+from snapkernels.dispatch import backward_of, implementation, saving
 from snapkernels.spec import Backend, Mutant, Spec
 
 NEEDED_TO_BUILD = ("csrc", "snapkernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -25,27 +24,57 @@ NEEDED_TO_BUILD = ("csrc", "snapkernels", "setup.py", "pyproject.toml", "README.
 
 @contextmanager
 def planted(spec: Spec, mutant: Mutant) -> Iterator[Backend]:
-    """The backend of `mutant` with its bug, from a changed copy of its source.
+    """The backend of `mutant` with its bug, from a changed copy of the folder of its source.
 
     Raises:
         ValueError: the source does not have `mutant.find` exactly once.
     """
     backend = spec.backend(mutant.backend)
-    function = backward_of(backend) if mutant.backward else implementation(backend)
-    module = importlib.import_module(function.__module__)
-    python = Path(str(module.__file__)).read_text()
-    with tempfile.TemporaryDirectory() as name:  # Triton reads a kernel's source from its file
-        folder = Path(name)
-        if mutant.file is None:
-            python = _changed(python, module.__name__, spec, mutant)
-        else:
-            library = compiled(spec, mutant)
-            torch.ops.load_library(library)
-            python = python.replace("snapkernels_cuda", library.stem)
-        path = folder / f"{spec.name}_mutant.py"
-        path.write_text(python)
-        changed = getattr(_load(path), function.__name__)
-        yield replace(backend, **{"backward" if mutant.backward else "run": changed})
+    functions = {"run": implementation(backend)}
+    if backend.saving:
+        functions["saving"] = saving(backend)
+    if backend.backward:
+        functions["backward"] = backward_of(backend)
+    home = importlib.import_module(functions["backward" if mutant.backward else "run"].__module__)
+    package, _, stem = home.__name__.rpartition(".")
+    folder, copy = Path(str(home.__file__)).parent, f"{spec.name}_mutant"
+    sources = {path.name: path.read_text() for path in folder.glob("*.py")}
+    if mutant.file is None:
+        name = f"{mutant.module or stem}.py"
+        sources[name] = _changed(sources[name], f"{package}: {name}", spec, mutant)
+        renamed = {package: copy}
+    else:
+        library = compiled(spec, mutant)
+        torch.ops.load_library(library)
+        renamed = {package: copy, "snapkernels_cuda": library.stem}
+    # The files of a folder import each other by its name.
+    for old, new in renamed.items():
+        word = re.compile(rf"\b{re.escape(old)}\b")
+        sources = {name: word.sub(new, text) for name, text in sources.items()}
+    with _importable(sources, copy):
+        changed = {}
+        for role, function in functions.items():
+            module = importlib.import_module(function.__module__.replace(package, copy))
+            changed[role] = getattr(module, function.__name__)
+        yield replace(backend, **changed)
+
+
+@contextmanager
+def _importable(sources: dict[str, str], package: str) -> Iterator[None]:
+    """`sources`, {file name: text}, as a package; Triton reads a kernel's source from its file."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / package
+        folder.mkdir()
+        for name, text in sources.items():
+            (folder / name).write_text(text)
+        sys.path.insert(0, root)
+        importlib.invalidate_caches()
+        try:
+            yield
+        finally:
+            sys.path.remove(root)
+            for name in [one for one in sys.modules if one.split(".")[0] == package]:
+                del sys.modules[name]
 
 
 def missing() -> str | None:
@@ -96,11 +125,3 @@ def compiled(spec: Spec, mutant: Mutant) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder / "snapkernels" / extension.LIBRARY.name, library)
     return library
-
-
-def _load(path: Path) -> ModuleType:
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module

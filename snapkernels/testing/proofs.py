@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from snapkernels import env, extension
-from snapkernels.dispatch import backward_of, has_triton, implementation, output_of
+from snapkernels.dispatch import backward_of, has_triton, implementation, output_of, saving
 from snapkernels.registry import OPS, Op
 from snapkernels.spec import Backend, Case, Mutant, Spec, Tensor
 from snapkernels.testing import aot, contract
@@ -131,7 +131,8 @@ def _lacks(backend: Backend, tier: str) -> str | None:
 def values(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
     """The result is right, the same twice, and whole although memory was full of NaN.
 
-    Of a sublayer with a probe, so are the results at every marker.
+    So is that of the forward that saves for the backward, where it is another, and, of a sublayer
+    with a probe, so are the results at every marker.
     """
     call = make_values(spec, case, dtype, _device(backend))
     assert (reason := backend.refuses(*call)) is None, f"it cannot run: {reason}"
@@ -141,6 +142,8 @@ def values(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None
         judge(spec, case, backend, dtype, call, once)
         if not same_bits(once, twice):
             raise WrongError("two runs on the same input differ")
+        if backend.saving and not same_bits(once, output := saving(backend)(*call)[0]):
+            judge(spec, case, backend, dtype, call, output)
         if spec.probe and (lost := missed(spec, spec.probe, call, run, LIMITS[dtype])):
             raise WrongError(f"wrong with markers in {spec.probe.tokens} at {lost}")
 
@@ -270,7 +273,7 @@ _JUDGED = (torch.float32, torch.bfloat16)  # in the first of them that the backe
 
 def own_gradients(spec: Spec, backend: Backend, dtype: torch.dtype, call: tuple[Any, ...]) -> None:
     """The gradients that `backend` itself computes are those of the reference."""
-    result = implementation(backend)(*call)
+    result = saving(backend)(*call)
     output, saved = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
     grad = contract.output_gradient(output)
     for asked in _asked(spec):

@@ -10,10 +10,14 @@ from snapkernels import (
     head,
     head_loss,
     head_mix,
+    patchify,
     unpatchify,
     video_mix,
 )
+from snapkernels.ops.head.kernels import triton_bwd
+from snapkernels.ops.head.spec import HEAD
 from snapkernels.ops.head.weights import DIMS
+from snapkernels.testing import proofs
 from snapkernels.testing.inputs import random_weights
 
 GROUP, PATCH, DIM, SIZE = (2, 3, 2), 2, 20, (4, 7, 12)
@@ -79,6 +83,56 @@ def test_padded_rows_have_no_part_in_the_loss(parts, rng):
     # Rows of patches by (groups T, H, W, group T, H, W): of six rows the last two are padding.
     by_row = grad.unflatten(1, (2, 2, 3)).unflatten(4, GROUP)
     assert not by_row[:, :, 1, :, :, 1:].any() and by_row[:, :, 1, :, :, :1].any()
+
+
+def saved_by(op, *call):
+    """What Triton's forward keeps, of a call in float32: on a GPU, or interpreted."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = [
+        one.float() if torch.is_tensor(one) and one.is_floating_point() else one for one in call
+    ]
+    moved = [one.to(device) if torch.is_tensor(one) else one for one in moved]
+    _, *saved = getattr(torch.ops.snapkernels, op).default(*moved, "triton")
+    return [one.double().cpu() for one in saved]
+
+
+def test_features_and_moments_are_kept_in_token_order(parts, rng):
+    """Those of rows of pixels that are cropped too."""
+    tokens, w, video, other = parts
+    features = layer_norm(tokens, (DIM,), w.norm_weight, w.norm_bias, 1e-6) @ w.weight.T + w.bias
+    rstd = 1 / (tokens.var(-1, correction=0) + 1e-6).sqrt()
+    expected = [features, torch.stack([tokens.mean(-1), rstd], -1)]
+    mix = torch.randn(2, 3, generator=rng).double()
+    for saved in (
+        saved_by("head", tokens, *w, SIZE, PATCH, GROUP, 1e-6),
+        saved_by("head_mix", tokens, video, other, mix, *w, PATCH, GROUP, 1e-6),
+    ):
+        for one, wanted in zip(saved, expected, strict=True):
+            torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_keeps_the_gradient_at_its_features_and_two_sums_of_it(parts, rng):
+    tokens, w, video, _ = parts
+    sample, terms = torch.tensor([3, 2**40]), torch.randn(2, 3, generator=rng).double()
+    F = head(tokens, w, size=SIZE, **AT).requires_grad_()
+    eps = forward_process(0 * video, torch.ones(2), sample, sigma_in=1.0, seed=9)
+    error = F - of(terms, 1) * video - of(terms, 2) * eps
+    (grad,) = torch.autograd.grad((of(terms, 0) * error**2).sum() / 2, F)
+    dF = patchify(torch.cat([grad, grad.new_zeros(2, 3, 4, 5, 12)], 3), **AT)
+    mean, rstd = tokens.mean(-1), 1 / (tokens.var(-1, correction=0) + 1e-6).sqrt()
+    g = (dF @ w.weight) * w.norm_weight
+    xhat = (tokens - mean[..., None]) * rstd[..., None]
+    rows = torch.stack([mean, rstd, g.mean(-1), (g * xhat).mean(-1)], -1)
+    saved = saved_by("head_loss", tokens, video, sample, terms, *w, 9, PATCH, GROUP, 1e-6)
+    for one, wanted in zip(saved, (dF, rows), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_ranges_of_several_steps_add_up(monkeypatch):
+    """The small cases have no more blocks of tokens than there are ranges: here, 18 in 4."""
+    monkeypatch.setattr(triton_bwd, "TRITON_BWD_PARTS", 4)
+    case = next(case for case in HEAD.cases if case.name == "odd")
+    proofs.gradients(HEAD, case, HEAD.backend("triton"), torch.float32)
 
 
 @pytest.mark.parametrize(

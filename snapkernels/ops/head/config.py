@@ -14,20 +14,28 @@ TRITON_COLUMNS = {2: 64, 4: 32}  # of D at once in a product: a product in float
 TRITON_SLICE = 4096  # most elements of W at once: of a patch of many features, fewer columns
 TRITON_STAGES = 3  # of the loads of tokens and W, which are in L2 then: 50 KB of shared memory
 TRITON_MOST_FEATURES = 256  # of a patch, padded: the product's tile stays in registers
-# The sums over tokens of the weights' gradients: columns of one program, tokens of one step, and
-# programs that share the tokens, whose sums are added afterwards: 9.4 MB of them at D = 1024.
-TRITON_SUM_COLUMNS = 128
-TRITON_SUM_TOKENS = {2: 32, 4: 16}  # by bytes of an element: three programs fit, 155 registers
-TRITON_SUM_PARTS = 48  # at D = 1024, 384 programs: one wave of three on each of 132
-TRITON_SUM_WARPS = 4
+# The backward's pass over the tokens. Triton holds x of a step twice, as it was read and as the
+# tensor cores have g, so 64 tokens of 128 columns take 244 registers, and of 64 columns spill on
+# sm_80; 32 of 64 take 120, so that two programs fit.
+TRITON_BWD_TOKENS = {2: 32, 4: 16}  # of a step, by bytes of an element: float32 is unrolled
+TRITON_BWD_COLUMNS = 64  # of D, of a program: dF is read once for each slice, out of L2
+TRITON_BWD_SLICE = {2: 8192, 4: 4096}  # most elements of R at once: of many features, fewer columns
+TRITON_BWD_PARTS = 33  # ranges of tokens: at D = 1024, 528 programs, twice two on each of 132
+TRITON_BWD_WARPS = 8
+TRITON_BWD_STAGES = 3
+TRITON_ROW_TOKENS = 64  # of a program that gathers dF: 18 KB of loads at once, and many programs
+TRITON_ROW_WARPS = 4
+TRITON_VECTOR_COLUMNS = 1024  # of D at once in W times a vector
 TRITON_MIX_BLOCK = 2048  # elements of video_mix's program: two 16-byte loads a thread and video
 TRITON_MIX_WARPS = 8
 
 CUDA_PATCH = 4  # a row of a patch is one float4
 CUDA_WIDTHS = (256, 512, 768, 1024)  # of a token: an instance of the kernel each
 CUDA_CHANNELS = (1, 3)
-CUDA_PARTIALS = 1024  # sums of a loss, one a unit of warps: kHeadPartials of csrc/head/head.h
-CUDA_MOST_TOKENS = 2**31 - 16  # a tile of 16 may be the last
+CUDA_PARTIALS = 1024  # sums of a loss, one a block: kHeadPartials of csrc/head/head.h
+CUDA_MOST_TOKENS = 2**31 - 64  # a tile of 64 may be the last
+CUDA_BACKWARD_COLUMNS = 256  # of D, of a block of the backward
+CUDA_BACKWARD_TOKENS = 64  # of a stage of it
 VECTOR = 16  # bytes of the CUDA kernel's loads and stores
 WEIGHTS = ("norm_weight", "norm_bias", "weight", "bias")
 
@@ -183,10 +191,19 @@ class TritonBlocks(NamedTuple):
 def triton_blocks(tokens: torch.Tensor, weight: torch.Tensor) -> TritonBlocks:
     """The blocks of a kernel that multiplies `tokens` by `weight`."""
     item, (features, width) = tokens.element_size(), weight.shape
-    p = max(16, _power_of_two(features))  # 16: the least that tensor cores multiply
-    columns = min(max(16, _power_of_two(width)), TRITON_COLUMNS[item], TRITON_SLICE // p)
+    p = max(16, power_of_two(features))  # 16: the least that tensor cores multiply
+    columns = min(max(16, power_of_two(width)), TRITON_COLUMNS[item], TRITON_SLICE // p)
     return TritonBlocks(TRITON_ROWS[item], p, columns)
 
 
-def _power_of_two(least: int) -> int:
+def triton_backward_blocks(tokens: torch.Tensor, weight: torch.Tensor) -> TritonBlocks:
+    """The blocks of the backward's pass over `tokens`."""
+    item, (features, width) = tokens.element_size(), weight.shape
+    p = max(16, power_of_two(features))
+    columns = min(max(16, power_of_two(width)), TRITON_BWD_COLUMNS, TRITON_BWD_SLICE[item] // p)
+    return TritonBlocks(TRITON_BWD_TOKENS[item], p, columns)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two from `least` on."""
     return 1 << (least - 1).bit_length()

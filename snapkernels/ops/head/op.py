@@ -99,8 +99,9 @@ def head_loss(
     """Mean of terms[:, 0] (F - terms[:, 1] video - terms[:, 2] eps)^2, F = `head` of the tokens.
 
     That is the training loss w |F - c_nrm F_tgt|^2 (eq. 3) over real rows, elements and videos, for
-    F_tgt is linear in data and noise. Neither F nor the target is stored: eps is made again, here
-    and in the backward, as `forward_process` made it of the same seed and samples.
+    F_tgt is linear in data and noise. Neither F nor the target is stored: eps is made again, as
+    `forward_process` made it of the same seed and samples. Where a gradient is wanted, that at F is
+    kept, in the tokens' dtype.
 
     Args:
         tokens, weights, patch, group, eps, backend: as in `head`.

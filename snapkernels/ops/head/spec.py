@@ -24,6 +24,7 @@ LEGEND = {
     "W": "pixel columns",
     "R": "rows of groups",
     "M": "terms of the mixture",
+    "E": "numbers that are saved of a token",
 }
 WEIGHTS = Fields(HeadWeights, DIMS)
 GEOMETRY = {"patch": "int", "group": "int[3]", "eps": "float"}
@@ -34,6 +35,8 @@ RULES = (
     "N = group[0] * group[1] * group[2]",
     "G = T * R * W / (group[0] * group[2] * patch)",
 )
+# Of a token, for the backward: F in token order, of cropped pixels too, and (mean, rstd).
+SAVED = {"features": Tensor("B G N P"), "moments": Tensor("B G N E", dtype=FP32)}
 FIRST_STAGE, UPSAMPLER = (16, 5, 4), (16, 18, 16)  # groups, table 8
 # Of a video (B, C, T, H, W): name, tier, sizes, patch, group, width of a token, eps, dtypes.
 _SHAPES: tuple[tuple[str, Tier, Any, int, Any, int, float, Any], ...] = (
@@ -65,17 +68,20 @@ def _cases(*, sized: bool = False, more: Iterable[tuple[str, Any]] = ()) -> tupl
     return tuple(found)
 
 
-def _backends(name: str) -> tuple[Backend, ...]:
-    """Every backend has its function of an op by the op's name; the backward is Triton's."""
-    backward = f"{KERNELS}.triton_bwd:{name}_backward"
+def _backends(name: str, triton: str = "triton_fwd") -> tuple[Backend, ...]:
+    """Every backend has its functions of an op by the op's name."""
     return tuple(
         Backend(
             name=kind,
-            run=f"{KERNELS}.{file}:{name}",
-            backward=backward,
+            run=f"{KERNELS}.{forward}:{name}",
+            saving=f"{KERNELS}.{forward}:{name}_saving",
+            backward=f"{KERNELS}.{backward}:{name}_backward",
             refuses=getattr(config, f"{kind}_refuses_{name}"),
         )
-        for kind, file in (("cuda", "cuda"), ("triton", "triton_fwd"))
+        for kind, forward, backward in (
+            ("cuda", "cuda", "cuda"),
+            ("triton", triton, "triton_bwd"),
+        )
     ) + _plain(name)
 
 
@@ -97,8 +103,9 @@ HEAD = Spec(
     legend=LEGEND,
     inputs={"tokens": Tensor("B G N D"), "weights": WEIGHTS},
     options={"size": "int[3]", **GEOMETRY},
-    rules=("T = size[0]", "H = size[1]", "W = size[2]", *RULES, "C = P / (patch * patch)"),
+    rules=("T = size[0]", "H = size[1]", "W = size[2]", *RULES, "C = P / (patch * patch)", "E = 2"),
     output=Tensor("B C T H W", dtype="wide"),
+    saved=SAVED,
     backends=_backends("head"),
     reference=reference.head,
     cases=_cases(sized=True),
@@ -110,31 +117,57 @@ HEAD = Spec(
         Mutant(
             name="rows of groups counted as columns",
             backend="triton",
+            module="triton_parts",
             find="h_M = group_M // groups_w % groups_h * GROUP_H",
             replace="h_M = group_M % groups_h * GROUP_H",
         ),
         Mutant(
             name="LayerNorm's bias left out",
             backend="triton",
+            module="triton_parts",
             find="xhat_MS * gain_S[None, :] + shift_S[None, :]",
             replace="xhat_MS * gain_S[None, :]",
         ),
         Mutant(
             name="eps beside the root",
             backend="triton",
+            module="triton_parts",
             find="1.0 / tl.sqrt(squares_M / DIM + EPS)",
             replace="1.0 / (tl.sqrt(squares_M / DIM) + EPS)",
         ),
         Mutant(
             name="last row of pixels left out",
             backend="triton",
+            module="triton_parts",
             find="h_M[:, None] * PATCH + i_P[None, :] < height",
             replace="h_M[:, None] * PATCH + i_P[None, :] < height - 1",
         ),
         Mutant(
+            name="c2 left out of the tokens' gradient",
+            backend="triton",
+            backward=True,
+            find="c1_T[:, None] + xhat_TS * c2_T[:, None]",
+            replace="c1_T[:, None]",
+        ),
+        Mutant(
+            name="last step of a range not in R",
+            backend="triton",
+            backward=True,
+            find="tl.dot(tl.trans(dF_TP), rounded_TS, R_PS",
+            replace="tl.dot(tl.trans(dF_TP), tl.where(step + 1 < steps, rounded_TS, 0.0), R_PS",
+        ),
+        Mutant(
+            name="cropped pixels have a gradient",
+            backend="triton",
+            backward=True,
+            module="triton_rows",
+            find="load_pixels(p_grad + c * channel, at_MK, m_MK)",
+            replace="tl.where(m_MK, load_pixels(p_grad + c * channel, at_MK, m_MK), 1.0)",
+        ),
+        Mutant(
             name="columns of groups counted as one, compiled",
             backend="cuda",
-            file="head/head_forward.cuh",
+            file="head/head_ends.cuh",
             find="x = (gw * m.group_w.divisor + nw) * kHeadPatch;",
             replace="x = (0 * gw * m.group_w.divisor + nw) * kHeadPatch;",
         ),
@@ -155,8 +188,9 @@ HEAD_MIX = Spec(
         "weights": WEIGHTS,
     },
     options=GEOMETRY,
-    rules=(*RULES, "P = C * patch * patch", "M = 3"),
+    rules=(*RULES, "P = C * patch * patch", "M = 3", "E = 2"),
     output=Tensor("B C T H W", dtype="wide"),
+    saved=SAVED,
     backends=_backends("head_mix"),
     reference=reference.head_mix,
     cases=_cases(more={"other": True}.items()),
@@ -173,6 +207,7 @@ HEAD_MIX = Spec(
         Mutant(
             name="every video has the first one's factors",
             backend="triton",
+            module="triton_parts",
             find="p_b = p_terms + b * 3",
             replace="p_b = p_terms + b * 0",
         ),
@@ -185,15 +220,24 @@ HEAD_MIX = Spec(
         Mutant(
             name="columns of groups counted as rows",
             backend="triton",
+            module="triton_parts",
             find="w_M = group_M % groups_w * GROUP_W",
             replace="w_M = group_M // groups_h % groups_w * GROUP_W",
         ),
         Mutant(
+            name="F's factor left out of its gradient",
+            backend="triton",
+            backward=True,
+            module="triton_rows",
+            find="dF_MK *= of_F",
+            replace="dF_MK *= 1.0",
+        ),
+        Mutant(
             name="every video has the first one's factors, compiled",
             backend="cuda",
-            file="head/head_forward.cuh",
-            find="const float* const mix = given.factors + 3 * b;",
-            replace="const float* const mix = given.factors;",
+            file="head/head_ends.cuh",
+            find="given.factors[3 * place.b + i]",
+            replace="given.factors[i]",
         ),
     ),
 )
@@ -212,14 +256,18 @@ HEAD_LOSS = Spec(
         "weights": WEIGHTS,
     },
     options={"seed": "seed", **GEOMETRY},
-    rules=(*RULES, "P = C * patch * patch", "M = 3"),
+    rules=(*RULES, "P = C * patch * patch", "M = 3", "E = 4"),
     output=Tensor("", dtype="wide"),
-    backends=_backends("head_loss"),
+    # terms[0] (F - target), in token order, 0 where no pixel is: the gradient at the features but
+    # for the mean's 2 / count and the loss's own gradient. And (mean, rstd, c1, c2) of a token: see
+    # kernels/triton_rows.py.
+    saved={"feature_grad": Tensor("B G N P"), "rows": Tensor("B G N E", dtype=FP32)},
+    backends=_backends("head_loss", "triton_loss"),
     reference=reference.head_loss,
     cases=_cases(more={"seed": 2**33 + 7}.items()),
     flops=_flops,
     moves=True,
-    backward_reads=("tokens", "video", "sample", "terms", "weights"),
+    backward_reads=("tokens", "weights"),
     mutants=(
         Mutant(
             name="stale noise counter",
@@ -242,15 +290,71 @@ HEAD_LOSS = Spec(
         Mutant(
             name="every video weighs as the first",
             backend="triton",
+            module="triton_parts",
             find="p_b = p_terms + b * 3",
             replace="p_b = p_terms + b * 0",
         ),
         Mutant(
+            name="sum of dF not scaled",
+            backend="triton",
+            backward=True,
+            module="backward",
+            find="R, q = R * scale, q * scale",
+            replace="R, q = R * scale, q",
+        ),
+        Mutant(
+            name="LayerNorm's bias left in c2",
+            backend="triton",
+            backward=True,
+            module="triton_rows",
+            find="tl.load(p_bias + p).to(tl.float32) + tl.sum(shift_S, axis=0)",
+            replace="tl.load(p_bias + p).to(tl.float32)",
+        ),
+        Mutant(
+            name="padded pixels have a gradient",
+            backend="triton",
+            backward=True,
+            module="triton_loss",
+            find="tl.where(m_MP, weight * error_MP, 0.0)",
+            replace="weight * error_MP",
+        ),
+        Mutant(
             name="every video weighs as the first, compiled",
             backend="cuda",
-            file="head/head_forward.cuh",
-            find="const float* const terms = given.factors + 3 * b;",
-            replace="const float* const terms = given.factors;",
+            file="head/head_ends.cuh",
+            find="given.factors[3 * place.b + i]",
+            replace="given.factors[i]",
+        ),
+        Mutant(
+            name="stale noise counter, compiled",
+            backend="cuda",
+            file="head/head_ends.cuh",
+            find="static_cast<uint64_t>(within) / 4, sample",
+            replace="static_cast<uint64_t>(within) / 4, sample + 1",
+        ),
+        Mutant(
+            name="LayerNorm's second term lost in the tokens' gradient, compiled",
+            backend="cuda",
+            backward=True,
+            file="head/head_backward.cuh",
+            find="fmaf(-token.w, low, fmaf(",
+            replace="fmaf(0 * -token.w, low, fmaf(",
+        ),
+        Mutant(
+            name="last stage dropped from the weights' gradient, compiled",
+            backend="cuda",
+            backward=True,
+            file="head/head_backward.cuh",
+            find="    if (of_weights) {\n      publish();",
+            replace="    if (of_weights && tile + 1 < of.last) {\n      publish();",
+        ),
+        Mutant(
+            name="LayerNorm's bias lost in the gradient of W, compiled",
+            backend="cuda",
+            backward=True,
+            file="head/head_backward.cuh",
+            find="q[feature] * bf16(given.norm_bias, d)",
+            replace="0 * q[feature] * bf16(given.norm_bias, d)",
         ),
     ),
 )

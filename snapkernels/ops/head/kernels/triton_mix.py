@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from snapkernels.ops.head.config import TRITON_MIX_BLOCK, TRITON_MIX_WARPS
-from snapkernels.ops.head.kernels.triton_fwd import load_pixels, load_terms
+from snapkernels.ops.head.kernels.triton_parts import load_pixels, load_terms
 
 Grads = tuple[torch.Tensor | None, ...]
 

@@ -1,0 +1,17 @@
+// Two bfloat16 in a word, the first in its low half.
+#pragma once
+
+#include <cstdint>
+
+namespace snapkernels {
+
+__device__ inline float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ inline uint32_t bf16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+}  // namespace snapkernels
