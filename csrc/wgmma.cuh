@@ -60,6 +60,31 @@ __device__ inline void multiply(Accumulators<13>& sum, uint64_t a, uint64_t b) {
       : "l"(a), "l"(b), "n"(kAdd ? 1 : 0), "n"(kTransposedA ? 1 : 0));
 }
 
+// The same, added to `sum`, with 64 x 16 of A in registers: rows r and r + 8 of a warp's 16, first
+// of K 2 q and 2 q + 1, then of 2 q + 8 and 2 q + 9. They are the tensor cores' until the wait.
+__device__ inline void multiply_held(Accumulators<7>& sum, const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27}, {%28, %29, %30, %31}, %32, 1, 1, 1, 0;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5),
+        SNAP_FOUR(6)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ inline void multiply_held(Accumulators<13>& sum, const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n104k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51}, "
+      "{%52, %53, %54, %55}, %56, 1, 1, 1, 0;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5),
+        SNAP_FOUR(6), SNAP_FOUR(7), SNAP_FOUR(8), SNAP_FOUR(9), SNAP_FOUR(10), SNAP_FOUR(11),
+        SNAP_FOUR(12)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
 #undef SNAP_FOUR
 
 // Before the first product after other code touched its accumulators.
@@ -87,7 +112,8 @@ __device__ inline void settle(Accumulators<kBlocks>& sum) {
   }
 }
 
-// What this thread wrote to shared memory becomes visible to wgmma, which is another proxy.
+// What this thread wrote to shared memory, or knows to be written there, becomes visible to wgmma
+// and to bulk copies, which are another proxy.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Four (two) 8 x 8 matrices, transposed: of matrix i, whose row l % 8 is at the address of lane
@@ -102,6 +128,14 @@ __device__ inline void load_transposed(uint32_t (&to)[4], uint32_t address) {
 __device__ inline void load_transposed(uint32_t (&to)[2], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(to[0]), "=r"(to[1])
+               : "r"(address)
+               : "memory");
+}
+
+// Four matrices as they lie: lane 4 r + q gets columns 2 q and 2 q + 1 of row r.
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address)
                : "memory");
 }
@@ -130,14 +164,6 @@ __device__ inline void copy_to_shared(uint32_t to, const void* from, bool some, 
                : "memory");
 }
 
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until all but this thread's last kLater commits have arrived.
-template <int kLater>
-__device__ inline void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
-}
-
 // A barrier of `arrivals`, at 8 bytes of shared memory. Its phase flips when all have arrived.
 __device__ inline void phase_begin(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -145,6 +171,26 @@ __device__ inline void phase_begin(uint32_t barrier, int arrivals) {
 
 __device__ inline void phase_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives for this thread when its copies so far have; what they brought is not published.
+__device__ inline void phase_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and the phase then lasts until so many bytes more have come.
+__device__ inline void phase_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Bytes in 16s that lie in a row, counted by a barrier. Visible to wgmma without publish().
+__device__ inline void fetch(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // Until the phase of this parity is over; that before the first counts as over, and is odd.
@@ -171,10 +217,15 @@ __device__ inline void registers_grow() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// The launch overlaps the end of the kernel before: nothing but parameters is read until then.
-__device__ inline void after_kernel_before() {
-  asm volatile("griddepcontrol.launch_dependents;");
+// A launch overlaps the end of the kernel before. Until this has returned nothing that it wrote is
+// read, and nothing that it reads written; what was done before its own wait is done.
+__device__ inline void kernel_before_done() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Once a thread of every block has come here, blocks of the next kernel take what room there is.
+__device__ inline void next_kernel_may_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 __device__ inline uint32_t shared_address(const void* at) {
