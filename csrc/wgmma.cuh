@@ -187,8 +187,8 @@ __device__ inline void phase_expect(uint32_t barrier, int bytes) {
 // Bytes in 16s that lie in a row, counted by a barrier. Visible to wgmma without publish().
 __device__ inline void fetch(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1], %2, [%3];" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }

@@ -9,28 +9,27 @@
 // before a product with them can begin, and no block has a token's columns. But all that follows
 // is linear in c1 and c2. So blocks share nothing: one has a slice of 256 columns of a range of
 // tokens, leaves sum_t g xhat^T for it, its share of c1 and c2, and what needs no more than g: the
-// gradients of positions and norm_bias. The kernels of stem_backward_finish.cuh make the rest of
-// that and of the pixels, 10 % of the gradient's bytes.
+// gradients of positions and norm_bias. stem_features.cuh makes xhat before, for all slices, and
+// the kernels of stem_backward_finish.cuh the rest after.
 //
 // Tokens come in the order k = position (B G) + video and group: the tokens of a position follow
 // one another, and a range has whole positions.
 //
-// A block is a warpgroup that fills three stages, each of 64 tokens, and two that multiply, each
-// with 128 columns. A stage has g as it lies in memory, [token][d], and xhat as [feature][token]
-// with eight more rows: rstd as two bfloat16, and for six positions in turn which tokens are
-// theirs. From it a warpgroup makes
+// A block is a warpgroup that fills stages, each of 64 tokens, and two that multiply, each with 128
+// columns. A stage has g as it lies in memory, [token][d], and xhat as [feature][token] with eight
+// more rows: rstd as two bfloat16, and for six positions in turn which tokens are theirs. From it a
+// warpgroup makes
 // - sum_t g [xhat, rstd, positions]^T: K is tokens. 104 registers for 96 features, for as long as
 //   the block lives; the column of a position leaves and is cleared when the position is complete.
 // - g [norm_weight W_c, norm_weight b_c, norm_weight, 1]: K is columns. 52 registers, contracted
 //   with xhat while the other product runs.
-// The tensor cores take 1,700 cycles for 64 tokens, device memory 2,500.
+// The tensor cores take 1,700 cycles for 64 tokens, shared memory 1,900, device memory 2,500.
 #pragma once
 
 #include "stem/stem_features.cuh"
 
 namespace snapkernels {
 
-constexpr int kBackwardStages = 3;         // two under way are 64 KB, 2.8 us of device memory
 constexpr int kBackwardThreads = 384;      // 168 registers each, 64,512 in all, shared out anew
 constexpr int kBackwardMultipliers = 256;  // threads of them that multiply
 constexpr int kFillerRegisters = 40;
@@ -46,12 +45,14 @@ struct StemBackwardShared {
   static constexpr int kXhat = kStemSlice / 64 * kGradBlock;       // from a stage's begin
   static constexpr int kMatrix = Xhat::kMatrix;  // of xhat, or 64 d of the weights
   static constexpr int kStage = kXhat + kMatrix;
-  static constexpr int kScaled = kBackwardStages * kStage;  // [norm_weight W_c, ..]: [64 d][column]
+  // As many as fit: two under way are 64 KB, 2.8 us of device memory.
+  static constexpr int kStages = kChannels > kBackwardChannels ? 3 : 4;
+  static constexpr int kScaled = kStages * kStage;  // [norm_weight W_c, ..]: [64 d][column]
   static constexpr int kMeans = kScaled + kStemSlice / 64 * kMatrix;  // of W and bias over D
   static constexpr int kLost = kMeans + kColumns * 4;  // mean of 128 d: what rounding added
   static constexpr int kParts = kLost + kStemSlice / kStemHalf * kColumns * 4;
   static constexpr int kBarriers = kParts + kBackwardMultipliers / 32 * kColumns * 4;
-  static constexpr int kBytes = kBarriers + 2 * kBackwardStages * 8;
+  static constexpr int kBytes = kBarriers + 2 * kStages * 8;
   static_assert(kBarriers % 8 == 0 && kBytes <= 232448);
 };
 
@@ -96,9 +97,9 @@ template <int kChannels>
 __device__ void fill_stages(const StemBackwardMap& m, const StemBackwardArguments& given,
                             const StemShare& of, int warp, int lane, uint32_t base) {
   using Shared = StemBackwardShared<kChannels>;
-  const uint32_t full = base + Shared::kBarriers, empty = full + kBackwardStages * 8;
+  const uint32_t full = base + Shared::kBarriers, empty = full + Shared::kStages * 8;
   const uint64_t passing = first_to_leave();  // L2 keeps the features, to be read again
-  const int early = min(of.tiles, kBackwardStages);
+  const int early = min(of.tiles, Shared::kStages);
   const unsigned char* matrix = Shared::Xhat::matrix(given, of.range, 0);
   const auto fetch_xhat = [&](int which) {
     phase_expect(full + which * 8, Shared::kMatrix);
@@ -120,7 +121,7 @@ __device__ void fill_stages(const StemBackwardMap& m, const StemBackwardArgument
       }
       fetch_xhat(stage);
     }
-    if (++stage == kBackwardStages) stage = 0, parity ^= 1;
+    if (++stage == Shared::kStages) stage = 0, parity ^= 1;
   }
 }
 
@@ -289,7 +290,7 @@ __device__ void multiply_stages(const StemBackwardMap& m, const StemBackwardArgu
   constexpr int kBlocks = Shared::kBlocks, kLast = kBlocks - 1;
   const int r = lane / 4, q = lane % 4;
   const uint32_t base = shared_address(shared);
-  const uint32_t full = base + Shared::kBarriers, empty = full + kBackwardStages * 8;
+  const uint32_t full = base + Shared::kBarriers, empty = full + Shared::kStages * 8;
   const uint64_t scaled_view =
       matrix_view(base + Shared::kScaled + warpgroup * 2 * Shared::kMatrix);
   float2 lost[kBlocks];  // of the lane's columns of H
@@ -354,7 +355,7 @@ __device__ void multiply_stages(const StemBackwardMap& m, const StemBackwardArgu
     settle<kBlocks>(product[1]);
     __syncwarp();
     if (lane == 0) phase_arrive(empty + stage * 8);
-    if (++stage == kBackwardStages) stage = 0, parity ^= 1;
+    if (++stage == Shared::kStages) stage = 0, parity ^= 1;
 
     // Positions without a token after this tile.
     const uint32_t done = min((tile + 1) * kBackwardTokens, of.last - of.first);
@@ -410,10 +411,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const StemShare of(m, given.ranges);
   if (threadIdx.x == 0) {
     const uint32_t full = shared_address(stages) + Shared::kBarriers;
-    for (int stage = 0; stage < kBackwardStages; ++stage) {
+    for (int stage = 0; stage < Shared::kStages; ++stage) {
       // The filling threads' copies, and that of xhat.
       phase_begin(full + stage * 8, kBackwardThreads - kBackwardMultipliers + 1);
-      phase_begin(full + (kBackwardStages + stage) * 8, kBackwardMultipliers / 32);
+      phase_begin(full + (Shared::kStages + stage) * 8, kBackwardMultipliers / 32);
     }
     publish();
   }

@@ -14,10 +14,10 @@
 
 namespace snapkernels {
 
-constexpr int kMomentStages = 6;      // 100 KB of features under way, for one block a multiprocessor
-constexpr int kSumParts = 32;         // of a block: 132 parts are 5 loads in a row
-constexpr int kSumVectors = 8;        // float4 of a block
-constexpr int kCombineRows = 8;       // of D, of a block: 128 blocks for 1024
+constexpr int kMomentStages = 6;  // 100 KB under way, of the one block a multiprocessor has
+constexpr int kSumParts = 32;     // of a block: 132 parts are 5 loads in a row
+constexpr int kSumVectors = 8;    // float4 of a block
+constexpr int kCombineRows = 8;   // of D, of a block: 128 blocks for 1024
 constexpr int kCombineThreads = 512;
 
 // Shared memory of a block of the moments: stages of xhat and the parts of c1 and c2, what each
@@ -39,7 +39,7 @@ struct StemMomentShared {
 };
 
 // What one thread does for all stages: tiles from `first` on of the block's range. The features
-// were complete when the kernel before began to let this one start, c1 and c2 only are when it ends.
+// were complete before the kernel before let this one start, c1 and c2 are when it ends.
 template <int kChannels>
 __device__ void fetch_moments(const StemBackwardMap& m, const StemBackwardArguments& given,
                               const StemShare& of, int first, int count, uint32_t base) {
@@ -97,19 +97,19 @@ __device__ inline void scale_rows(uint32_t (&a)[4], const float* totals, bool of
   for (int far = 0; far < 2; ++far) {
     const float* const c1 = totals + 2 * q + 8 * far;
     const float2 c2 = *reinterpret_cast<const float2*>(c1 + kBackwardTokens);
-    uint32_t &low = a[2 * far], &high = a[2 * far + 1];
+    uint32_t &upper = a[2 * far], &lower = a[2 * far + 1];  // rows r and r + 8
     if (of_features) {
-      low = bf16_pair(bf16_low(low) * c2.x, bf16_high(low) * c2.y);
-      high = bf16_pair(bf16_low(high) * c2.x, bf16_high(high) * c2.y);
+      upper = bf16_pair(bf16_low(upper) * c2.x, bf16_high(upper) * c2.y);
+      lower = bf16_pair(bf16_low(lower) * c2.x, bf16_high(lower) * c2.y);
     } else {
       const float2 exact = *reinterpret_cast<const float2*>(c1);
       const uint32_t rounded = bf16_pair(exact.x, exact.y);
       const uint32_t left = bf16_pair(exact.x - bf16_low(rounded), exact.y - bf16_high(rounded));
-      const uint32_t next = __shfl_down_sync(~0u, low, 4);  // what rounding rstd left
-      const uint32_t of_rstd = bf16_pair((bf16_low(low) + bf16_low(next)) * c2.x,
-                                         (bf16_high(low) + bf16_high(next)) * c2.y);
-      low = r == 0 ? of_rstd : r == 1 ? rounded : r == 2 ? left : 0;
-      high = 0;
+      const uint32_t next = __shfl_down_sync(~0u, upper, 4);  // what rounding rstd left
+      const uint32_t of_rstd = bf16_pair((bf16_low(upper) + bf16_low(next)) * c2.x,
+                                         (bf16_high(upper) + bf16_high(next)) * c2.y);
+      upper = r == 0 ? of_rstd : r == 1 ? rounded : r == 2 ? left : 0;
+      lower = 0;
     }
   }
 }
