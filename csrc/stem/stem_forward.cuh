@@ -23,6 +23,7 @@
 
 #include "divider.cuh"
 #include "stem/stem.h"
+#include "wgmma.cuh"
 
 namespace snapkernels {
 
@@ -91,10 +92,11 @@ __device__ inline float4 load_shared(uint32_t address) {
   return loaded;
 }
 
-// Volatile: to be under way from here on, not from its first use.
+// Volatile: to be under way from here on, not from its first use. The last to leave L1, which the
+// other warps of a tile have it from.
 __device__ inline uint4 load_ahead(const uint4* source) {
   uint4 loaded;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
                : "l"(source));
   return loaded;
@@ -227,7 +229,7 @@ __device__ void load_pixels(const StemMap& m, const StemArguments& given,
 #pragma unroll
     for (int c = 0; c < kSteps; ++c) {
       if (c < at.channels) {
-        read[half][c] = *reinterpret_cast<const float4*>(row + c * channel);
+        read[half][c] = load_once(row + c * channel);
       } else {
         const float* const frame = frames + (c - at.channels) * low_channel;
         read[half][c] = {frame[above + across.first], frame[above + across.second],
