@@ -102,6 +102,13 @@ __device__ inline uint4 load_ahead(const uint4* source) {
   return loaded;
 }
 
+// Past L1, where positions stay.
+__device__ inline void store_past(uint4* target, const uint4& x) {
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(x.x),
+               "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 __device__ inline void barrier_wait(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -546,7 +553,7 @@ __global__ void __launch_bounds__(kStemWarpgroups<kAlike> * 128, 1)
                                     (second ? bias.w : bias.y) + bf16_high(added_pair));
             word(made, p) = bf16_pair(low, high);
           }
-          if (position[half] < m.positions) targets[half][v * 4] = made;
+          if (position[half] < m.positions) store_past(targets[half] + v * 4, made);
         }
 #pragma unroll
         for (int half = 0; half < kPositions; ++half)
