@@ -30,10 +30,12 @@
 
 namespace snapkernels {
 
+constexpr int kBackwardStages = 4;         // of g: three under way are 96 KB, 4 us of device memory
+constexpr int kXhatStages = 3;             // a fourth would not fit, and xhat comes from L2
 constexpr int kBackwardThreads = 384;      // 168 registers each, 64,512 in all, shared out anew
 constexpr int kBackwardMultipliers = 256;  // threads of them that multiply
-constexpr int kFillerRegisters = 40;
-constexpr int kMultiplierRegisters = 232;
+constexpr int kFillerRegisters = 40;       // with two of the others 504, three times 168
+constexpr int kMultiplierRegisters = 232;  // 104 and 52 accumulators, 26 for what rounding added
 
 // Shared memory of a block, in bytes from its begin.
 template <int kChannels>
@@ -42,18 +44,17 @@ struct StemBackwardShared {
   static constexpr int kFeatures = Xhat::kFeatures, kColumns = Xhat::kColumns;
   static constexpr int kBlocks = Xhat::kBlocks;
   static constexpr int kGradBlock = kBackwardTokens * kMatrixRow;  // 64 columns of a stage
-  static constexpr int kXhat = kStemSlice / 64 * kGradBlock;       // from a stage's begin
-  static constexpr int kMatrix = Xhat::kMatrix;  // of xhat, or 64 d of the weights
-  static constexpr int kStage = kXhat + kMatrix;
-  // As many as fit: two under way are 64 KB, 2.8 us of device memory.
-  static constexpr int kStages = kChannels > kBackwardChannels ? 3 : 4;
-  static constexpr int kScaled = kStages * kStage;  // [norm_weight W_c, ..]: [64 d][column]
+  static constexpr int kGrad = kStemSlice / 64 * kGradBlock;       // a stage of g
+  static constexpr int kMatrix = Xhat::kMatrix;  // a stage of xhat, or 64 d of the weights
+  static constexpr int kXhat = kBackwardStages * kGrad;
+  // [norm_weight W_c, ..], as [64 d][column].
+  static constexpr int kScaled = kXhat + kXhatStages * kMatrix;
   static constexpr int kMeans = kScaled + kStemSlice / 64 * kMatrix;  // of W and bias over D
   static constexpr int kLost = kMeans + kColumns * 4;  // mean of 128 d: what rounding added
   static constexpr int kParts = kLost + kStemSlice / kStemHalf * kColumns * 4;
   static constexpr int kBarriers = kParts + kBackwardMultipliers / 32 * kColumns * 4;
-  static constexpr int kBytes = kBarriers + 2 * kStages * 8;
-  static_assert(kBarriers % 8 == 0 && kBytes <= 232448);
+  static constexpr int kBytes = kBarriers + 2 * kBackwardStages * 8;
+  static_assert(kBackwardStages == kXhatStages + 1 && kBarriers % 8 == 0 && kBytes <= 232448);
 };
 
 // What a block does: 256 columns of a range. Its slices run together, and find its xhat in L2.
@@ -97,31 +98,36 @@ template <int kChannels>
 __device__ void fill_stages(const StemBackwardMap& m, const StemBackwardArguments& given,
                             const StemShare& of, int warp, int lane, uint32_t base) {
   using Shared = StemBackwardShared<kChannels>;
-  const uint32_t full = base + Shared::kBarriers, empty = full + Shared::kStages * 8;
+  const uint32_t full = base + Shared::kBarriers, empty = full + kBackwardStages * 8;
   const uint64_t passing = first_to_leave();  // L2 keeps the features, to be read again
-  const int early = min(of.tiles, Shared::kStages);
+  const int early = min(of.tiles, kXhatStages);
   const unsigned char* matrix = Shared::Xhat::matrix(given, of.range, 0);
-  const auto fetch_xhat = [&](int which) {
-    phase_expect(full + which * 8, Shared::kMatrix);
-    fetch(base + which * Shared::kStage + Shared::kXhat, matrix, Shared::kMatrix,
-          full + which * 8);
-    matrix += Shared::kMatrix;
-  };
   uint32_t k = of.first;
-  int stage = 0, parity = 1;
+  int stage = 0, parity = 1, xhat_stage = 0;
+  const auto fetch_xhat = [&](int of_stage) {
+    phase_expect(full + of_stage * 8, Shared::kMatrix);
+    fetch(base + Shared::kXhat + xhat_stage * Shared::kMatrix, matrix, Shared::kMatrix,
+          full + of_stage * 8);
+    matrix += Shared::kMatrix;
+    if (++xhat_stage == kXhatStages) xhat_stage = 0;
+  };
   for (int tile = 0; tile < of.tiles; ++tile, k += kBackwardTokens) {
     phase_wait(empty + stage * 8, parity);
-    copy_grad(m, given, of, k, warp, lane, base + stage * Shared::kStage, passing);
-    phase_arrive_after_copies(full + stage * 8);
+    copy_grad(m, given, of, k, warp, lane, base + stage * Shared::kGrad, passing);
+    const int now = stage;
+    phase_arrive_after_copies(full + now * 8);
+    if (++stage == kBackwardStages) stage = 0, parity ^= 1;
     if (warp == 0 && lane == 0 && tile + 1 >= early) {
       if (tile + 1 == early) {
         kernel_before_done();
         next_kernel_may_start();
-        for (int which = 0; which < stage; ++which) fetch_xhat(which);
+        for (int which = 0; which < now; ++which) fetch_xhat(which);
       }
-      fetch_xhat(stage);
+      // The next stage of g was last used with this one of xhat.
+      phase_wait(empty + stage * 8, parity);
+      fetch_xhat(now);
     }
-    if (++stage == Shared::kStages) stage = 0, parity ^= 1;
+    __syncwarp();  // the next row is one request of all lanes
   }
 }
 
@@ -290,7 +296,7 @@ __device__ void multiply_stages(const StemBackwardMap& m, const StemBackwardArgu
   constexpr int kBlocks = Shared::kBlocks, kLast = kBlocks - 1;
   const int r = lane / 4, q = lane % 4;
   const uint32_t base = shared_address(shared);
-  const uint32_t full = base + Shared::kBarriers, empty = full + Shared::kStages * 8;
+  const uint32_t full = base + Shared::kBarriers, empty = full + kBackwardStages * 8;
   const uint64_t scaled_view =
       matrix_view(base + Shared::kScaled + warpgroup * 2 * Shared::kMatrix);
   float2 lost[kBlocks];  // of the lane's columns of H
@@ -311,10 +317,11 @@ __device__ void multiply_stages(const StemBackwardMap& m, const StemBackwardArgu
   Accumulators<kBlocks> product[2] = {};
   float norm_bias[2][2] = {};
   uint32_t complete = 0;
-  int slot = 0, stage = 0, parity = 0;
+  int slot = 0, stage = 0, parity = 0, xhat_stage = 0;
   for (int tile = 0; tile < of.tiles; ++tile) {
-    const uint32_t begin = base + stage * Shared::kStage, xhat = begin + Shared::kXhat;
-    const uint64_t grad_view = matrix_view(begin + warpgroup * 2 * Shared::kGradBlock);
+    const uint32_t xhat = base + Shared::kXhat + xhat_stage * Shared::kMatrix;
+    const uint64_t grad_view =
+        matrix_view(base + stage * Shared::kGrad + warpgroup * 2 * Shared::kGradBlock);
     const uint64_t xhat_view = matrix_view(xhat);
     phase_wait(full + stage * 8, parity);
     publish();  // the copies of the gradient are not by themselves
@@ -355,7 +362,8 @@ __device__ void multiply_stages(const StemBackwardMap& m, const StemBackwardArgu
     settle<kBlocks>(product[1]);
     __syncwarp();
     if (lane == 0) phase_arrive(empty + stage * 8);
-    if (++stage == Shared::kStages) stage = 0, parity ^= 1;
+    if (++stage == kBackwardStages) stage = 0, parity ^= 1;
+    if (++xhat_stage == kXhatStages) xhat_stage = 0;
 
     // Positions without a token after this tile.
     const uint32_t done = min((tile + 1) * kBackwardTokens, of.last - of.first);
@@ -411,10 +419,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const StemShare of(m, given.ranges);
   if (threadIdx.x == 0) {
     const uint32_t full = shared_address(stages) + Shared::kBarriers;
-    for (int stage = 0; stage < Shared::kStages; ++stage) {
+    for (int stage = 0; stage < kBackwardStages; ++stage) {
       // The filling threads' copies, and that of xhat.
       phase_begin(full + stage * 8, kBackwardThreads - kBackwardMultipliers + 1);
-      phase_begin(full + (Shared::kStages + stage) * 8, kBackwardMultipliers / 32);
+      phase_begin(full + (kBackwardStages + stage) * 8, kBackwardMultipliers / 32);
     }
     publish();
   }

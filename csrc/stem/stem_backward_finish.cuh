@@ -209,8 +209,8 @@ __global__ void __launch_bounds__(kSumParts * kSumVectors)
   const int in_block = threadIdx.x % kSumVectors, part = threadIdx.x / kSumVectors;
   const int vector = blockIdx.x * kSumVectors + in_block;
   const float4* const from = reinterpret_cast<const float4*>(given.moments) + vector;
+  next_kernel_may_start();  // it finds the products done: the moments waited for them
   kernel_before_done();
-  next_kernel_may_start();
 
   float4 sum{};
 #pragma unroll 5
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   constexpr int kVectors = kCombineRows * kColumns / 4, kParts = kCombineThreads / kVectors;
   __shared__ __align__(16) float s[kFeatures + 1][kColumns];
   __shared__ __align__(16) float a[kCombineRows][kColumns];
-  __shared__ float v[kCombineRows][kColumns];
+  __shared__ __align__(16) float v[kCombineRows][kColumns];
   __shared__ float norm_weight[kCombineThreads / 32][kRows];
   const int f = threadIdx.x % 128, first = threadIdx.x / 128 * kRows;
   const int d0 = blockIdx.x * kCombineRows;
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     return bf16_low(static_cast<const uint16_t*>(from)[i]);
   };
 
-  // The products: their kernel was done before the one before this let it start.
+  // The products: their kernel was done before the moments let the sums start, and those this.
   const int part = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
   float4 sum{};
   if (part < kParts) {
