@@ -144,7 +144,7 @@ __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
 // from here on, not from their first use.
 __device__ inline float4 load_once(const float* from) {
   float4 loaded;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(loaded.x), "=f"(loaded.y), "=f"(loaded.z), "=f"(loaded.w)
                : "l"(from));
   return loaded;
