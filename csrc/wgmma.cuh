@@ -112,8 +112,8 @@ __device__ inline void settle(Accumulators<kBlocks>& sum) {
   }
 }
 
-// What this thread wrote to shared memory, or knows to be written there, becomes visible to wgmma
-// and to bulk copies, which are another proxy.
+// What this thread wrote to shared memory becomes visible to wgmma and to bulk copies, which are
+// another proxy.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Four (two) 8 x 8 matrices, transposed: of matrix i, whose row l % 8 is at the address of lane
@@ -164,6 +164,14 @@ __device__ inline void copy_to_shared(uint32_t to, const void* from, bool some, 
                : "memory");
 }
 
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but this thread's last kLater commits have arrived.
+template <int kLater>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
 // A barrier of `arrivals`, at 8 bytes of shared memory. Its phase flips when all have arrived.
 __device__ inline void phase_begin(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -171,11 +179,6 @@ __device__ inline void phase_begin(uint32_t barrier, int arrivals) {
 
 __device__ inline void phase_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives for this thread when its copies so far have; what they brought is not published.
-__device__ inline void phase_arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives, and the phase then lasts until so many bytes more have come.

@@ -31,6 +31,7 @@
 namespace snapkernels {
 
 constexpr int kBackwardStages = 4;         // of g: three under way are 96 KB, 4 us of device memory
+constexpr int kBackwardLate = 2;           // stages under way when an older one is handed on
 constexpr int kXhatStages = 3;             // a fourth would not fit, and xhat comes from L2
 constexpr int kBackwardThreads = 384;      // 168 registers each, 64,512 in all, shared out anew
 constexpr int kBackwardMultipliers = 256;  // threads of them that multiply
@@ -92,15 +93,15 @@ __device__ inline void copy_grad(const StemBackwardMap& m, const StemBackwardArg
   }
 }
 
-// The filling warpgroup. It waits for stages to be empty and for nothing else: what it asks for
-// arrives by itself. The gradient is asked for before the features of the kernel before are there.
+// The filling warpgroup. It publishes what it copied, two stages later: it has time for the fence.
+// The gradient is asked for before the features of the kernel before are there.
 template <int kChannels>
 __device__ void fill_stages(const StemBackwardMap& m, const StemBackwardArguments& given,
                             const StemShare& of, int warp, int lane, uint32_t base) {
   using Shared = StemBackwardShared<kChannels>;
   const uint32_t full = base + Shared::kBarriers, empty = full + kBackwardStages * 8;
   const uint64_t passing = first_to_leave();  // L2 keeps the features, to be read again
-  const int early = min(of.tiles, kXhatStages);
+  const int early = min(of.tiles, kBackwardLate);
   const unsigned char* matrix = Shared::Xhat::matrix(given, of.range, 0);
   uint32_t k = of.first;
   int stage = 0, parity = 1, xhat_stage = 0;
@@ -111,13 +112,20 @@ __device__ void fill_stages(const StemBackwardMap& m, const StemBackwardArgument
     matrix += Shared::kMatrix;
     if (++xhat_stage == kXhatStages) xhat_stage = 0;
   };
-  for (int tile = 0; tile < of.tiles; ++tile, k += kBackwardTokens) {
-    phase_wait(empty + stage * 8, parity);
-    copy_grad(m, given, of, k, warp, lane, base + stage * Shared::kGrad, passing);
+  for (int tile = 0; tile < of.tiles + kBackwardLate; ++tile, k += kBackwardTokens) {
     const int now = stage;
-    phase_arrive_after_copies(full + now * 8);
+    if (tile < of.tiles) {
+      phase_wait(empty + now * 8, parity);
+      copy_grad(m, given, of, k, warp, lane, base + now * Shared::kGrad, passing);
+    }
+    copies_commit();  // of nothing, after the last tile
     if (++stage == kBackwardStages) stage = 0, parity ^= 1;
-    if (warp == 0 && lane == 0 && tile + 1 >= early) {
+    if (tile >= kBackwardLate) {
+      copies_wait<kBackwardLate>();
+      publish();
+      phase_arrive(full + (now + kBackwardStages - kBackwardLate) % kBackwardStages * 8);
+    }
+    if (warp == 0 && lane == 0 && tile + 1 >= early && tile < of.tiles) {
       if (tile + 1 == early) {
         kernel_before_done();
         next_kernel_may_start();
@@ -324,7 +332,6 @@ __device__ void multiply_stages(const StemBackwardMap& m, const StemBackwardArgu
         matrix_view(base + stage * Shared::kGrad + warpgroup * 2 * Shared::kGradBlock);
     const uint64_t xhat_view = matrix_view(xhat);
     phase_wait(full + stage * 8, parity);
-    publish();  // the copies of the gradient are not by themselves
     Accumulators<kBlocks> h;
     multiply_fence();
 #pragma unroll
@@ -420,7 +427,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   if (threadIdx.x == 0) {
     const uint32_t full = shared_address(stages) + Shared::kBarriers;
     for (int stage = 0; stage < kBackwardStages; ++stage) {
-      // The filling threads' copies, and that of xhat.
+      // The filling threads, and the copy of xhat.
       phase_begin(full + stage * 8, kBackwardThreads - kBackwardMultipliers + 1);
       phase_begin(full + (kBackwardStages + stage) * 8, kBackwardMultipliers / 32);
     }
