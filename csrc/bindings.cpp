@@ -347,8 +347,8 @@ void stem(Tensor video, Tensor scale, std::optional<Tensor> low_res, Tensor weig
 void stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale,
                    std::optional<Tensor> low_res, Tensor weight, Tensor bias, Tensor norm_weight,
                    Tensor d_weight, Tensor d_bias, Tensor d_norm_weight, Tensor d_norm_bias,
-                   Tensor d_positions, Tensor products, Tensor coefficients, Tensor moments,
-                   Tensor means, Tensor sums, std::vector<int64_t> group) {
+                   Tensor d_positions, Tensor features, Tensor products, Tensor coefficients,
+                   Tensor moments, Tensor means, Tensor sums, std::vector<int64_t> group) {
   const char* const op = "stem_backward";
   constexpr auto kFloat32 = torch::headeronly::ScalarType::Float;
   constexpr auto kBfloat16 = torch::headeronly::ScalarType::BFloat16;
@@ -361,9 +361,13 @@ void stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale,
   STD_TORCH_CHECK(at.tables == 1 && width % snapkernels::kStemSlice == 0 &&
                       count / positions >= snapkernels::kStemLeastAlike,
                   op, ": positions, width or groups");
-  STD_TORCH_CHECK(products.dim() == 3 && moments.dim() == 3, op, ": ranks");
-  const int64_t ranges = products.size(0), blocks = moments.size(0);
-  STD_TORCH_CHECK(ranges > 0 && ranges <= positions && blocks > 0, op, ": ranges, blocks");
+  STD_TORCH_CHECK(features.dim() == 4, op, ": ranks");
+  const int64_t ranges = features.size(0), tiles = features.size(1);
+  const int64_t alike = count / positions, longest = ranges ? (positions + ranges - 1) / ranges : 0;
+  constexpr int64_t kStage = snapkernels::kStemStage;
+  STD_TORCH_CHECK(ranges > 0 && ranges <= positions &&
+                      tiles == (longest * alike + kStage - 1) / kStage,
+                  op, ": ranges, tiles");
   snapkernels::StemBackwardArguments given{};
   given.grad = head_data<void>(op, "grad", grad, kBfloat16, grad.numel(), grad);
   given.rstd = head_data<float>(op, "rstd", rstd, kFloat32, count, grad);
@@ -371,28 +375,31 @@ void stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale,
   given.scale = head_data<float>(op, "scale", scale, kFloat32, at.batch, grad);
   if (low_res)
     given.low_res = head_data<float>(op, "low_res", *low_res, kFloat32, low_res->numel(), grad);
-  const auto of_weights = [&](const char* name, const Tensor& tensor, int64_t numel) {
+  const auto bfloat16 = [&](const char* name, const Tensor& tensor, int64_t numel) {
     return head_data<void>(op, name, tensor, kBfloat16, numel, grad);
   };
-  given.weight = of_weights("weight", weight, weight.numel());
-  given.bias = of_weights("bias", bias, width);
-  given.norm_weight = of_weights("norm_weight", norm_weight, width);
-  given.d_weight = of_weights("d_weight", d_weight, weight.numel());
-  given.d_bias = of_weights("d_bias", d_bias, width);
-  given.d_norm_weight = of_weights("d_norm_weight", d_norm_weight, width);
-  given.d_norm_bias = of_weights("d_norm_bias", d_norm_bias, width);
-  given.d_positions = of_weights("d_positions", d_positions, positions * width);
+  given.weight = bfloat16("weight", weight, weight.numel());
+  given.bias = bfloat16("bias", bias, width);
+  given.norm_weight = bfloat16("norm_weight", norm_weight, width);
+  given.d_weight = bfloat16("d_weight", d_weight, weight.numel());
+  given.d_bias = bfloat16("d_bias", d_bias, width);
+  given.d_norm_weight = bfloat16("d_norm_weight", d_norm_weight, width);
+  given.d_norm_bias = bfloat16("d_norm_bias", d_norm_bias, width);
+  given.d_positions = bfloat16("d_positions", d_positions, positions * width);
   const auto scratch = [&](const char* name, const Tensor& tensor, int64_t numel) {
     return head_data<float>(op, name, tensor, kFloat32, numel, grad);
   };
+  const int64_t slices = width / snapkernels::kStemSlice, each = columns * columns;
+  given.features = bfloat16("features", features, ranges * tiles * columns * kStage);
   given.products = scratch("products", products, ranges * width * columns);
   given.coefficients =
-      scratch("coefficients", coefficients, width / snapkernels::kStemHalf * count * 2);
-  given.moments = scratch("moments", moments, blocks * columns * columns);
+      scratch("coefficients", coefficients,
+              ranges * tiles * (width / snapkernels::kStemHalf) * kStage * 2);
+  given.moments = scratch("moments", moments, ranges * slices * each);
   given.means = scratch("means", means, columns);
-  given.sums = scratch("sums", sums, (width + columns) * columns);
+  given.sums = scratch("sums", sums, each);
   given.ranges = ranges;
-  given.blocks = blocks;
+  given.tiles = tiles;
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   check_launch(op, snapkernels::stem_backward(given, at, current_stream(grad)));
 }
@@ -433,8 +440,8 @@ STABLE_TORCH_LIBRARY(snapkernels_cuda, m) {
       "stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale, Tensor? low_res,"
       " Tensor weight, Tensor bias, Tensor norm_weight, Tensor(a!) d_weight, Tensor(b!) d_bias,"
       " Tensor(c!) d_norm_weight, Tensor(d!) d_norm_bias, Tensor(e!) d_positions,"
-      " Tensor(f!) products, Tensor(g!) coefficients, Tensor(h!) moments, Tensor(i!) means,"
-      " Tensor(j!) sums, int[] group) -> ()");
+      " Tensor(f!) features, Tensor(g!) products, Tensor(h!) coefficients, Tensor(i!) moments,"
+      " Tensor(j!) means, Tensor(k!) sums, int[] group) -> ()");
   m.def("sources() -> int");
 }
 

@@ -24,6 +24,12 @@ __device__ inline uint64_t matrix_view(uint32_t address) {
          static_cast<uint64_t>(8 * kMatrixRow >> 4) << 32 | 1ull << 62;
 }
 
+// The same without swizzle: blocks of 8 rows and 16 bytes, 128 bytes each, the second half of 16 of K
+// 128 bytes on, the next eight rows 256.
+__device__ inline uint64_t plain_view(uint32_t address) {
+  return static_cast<uint64_t>(address >> 4 & 0x3fff) | 8ull << 16 | 16ull << 32;
+}
+
 __device__ inline uint64_t further(uint64_t view, int bytes) { return view + (bytes >> 4); }
 
 // Accumulators of 64 x 8 kBlocks: column 8 j + 2 q + i % 2 of row r + 8 (i / 2) of a warp's 16, in
@@ -93,37 +99,46 @@ __device__ inline void multiply_columns(Accumulators<2>& sum, uint64_t a, uint64
       : "l"(a), "l"(b));
 }
 
-// 64 x 48 and 64 x 16, added to `sum`; `a` is in registers, as lanes of mma.m16n8k16 have it. `b` is
-// the low word of a view without swizzle: matrices of 8 of N and 8 of K, 128 bytes each, the second
-// half of K 128 bytes on (bits 16 to 29 of the word), the next eight of N 256 (the high word, 16).
-template <int kBlocks>
-__device__ void multiply_rows(Accumulators<kBlocks>& sum, const uint32_t (&a)[4], uint32_t b);
-
-template <>
-__device__ inline void multiply_rows<6>(Accumulators<6>& sum, const uint32_t (&a)[4], uint32_t b) {
+// Added to `sum`, with 64 x 16 of A in registers: rows r and r + 8 of a warp's 16, first
+// of K 2 q and 2 q + 1, then of 2 q + 8 and 2 q + 9. They are the tensor cores' until the wait.
+__device__ inline void multiply_held(Accumulators<7>& sum, const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
-      "{\n"
-      ".reg .b64 matrices;\n"
-      "mov.b64 matrices, {%28, 16};\n"
-      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+      "wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23}, {%24, %25, %26, %27}, matrices, 1, 1, 1, 0;\n"
-      "}"
-      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+      "%20, %21, %22, %23, %24, %25, %26, %27}, {%28, %29, %30, %31}, %32, 1, 1, 1, 0;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5),
+        SNAP_FOUR(6)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-template <>
-__device__ inline void multiply_rows<2>(Accumulators<2>& sum, const uint32_t (&a)[4], uint32_t b) {
+__device__ inline void multiply_held(Accumulators<13>& sum, const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
-      "{\n"
-      ".reg .b64 matrices;\n"
-      "mov.b64 matrices, {%12, 16};\n"
+      "wgmma.mma_async.sync.aligned.m64n104k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51}, "
+      "{%52, %53, %54, %55}, %56, 1, 1, 1, 0;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5),
+        SNAP_FOUR(6), SNAP_FOUR(7), SNAP_FOUR(8), SNAP_FOUR(9), SNAP_FOUR(10), SNAP_FOUR(11),
+        SNAP_FOUR(12)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ inline void multiply_held(Accumulators<6>& sum, const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23}, {%24, %25, %26, %27}, %28, 1, 1, 1, 0;"
+      : SNAP_FOUR(0), SNAP_FOUR(1), SNAP_FOUR(2), SNAP_FOUR(3), SNAP_FOUR(4), SNAP_FOUR(5)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ inline void multiply_held(Accumulators<2>& sum, const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
       "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, matrices, 1, 1, 1, 0;\n"
-      "}"
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
       : SNAP_FOUR(0), SNAP_FOUR(1)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 #undef SNAP_FOUR
@@ -153,7 +168,8 @@ __device__ inline void settle(Accumulators<kBlocks>& sum) {
   }
 }
 
-// What this thread wrote to shared memory becomes visible to wgmma, which is another proxy.
+// What this thread wrote to shared memory becomes visible to wgmma and to bulk copies, which are
+// another proxy.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Four (two) 8 x 8 matrices, transposed: of matrix i, whose row l % 8 is at the address of lane
@@ -172,11 +188,19 @@ __device__ inline void load_transposed(uint32_t (&to)[2], uint32_t address) {
                : "memory");
 }
 
+// Four matrices as they lie: lane 4 r + q gets columns 2 q and 2 q + 1 of row r.
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
 // 16 bytes that this block will not read again: they leave the cache to others. Volatile: under way
 // from here on, not from their first use.
 __device__ inline float4 load_once(const float* from) {
   float4 loaded;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(loaded.x), "=f"(loaded.y), "=f"(loaded.z), "=f"(loaded.w)
                : "l"(from));
   return loaded;
@@ -189,8 +213,8 @@ __device__ inline uint64_t first_to_leave() {
   return policy;
 }
 
-// As anything else: for what other blocks will read.
-__device__ inline uint64_t normal() {
+// As it holds anything else: what other blocks will read.
+__device__ inline uint64_t stays() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
@@ -234,13 +258,13 @@ __device__ inline void phase_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same, and the phase also waits for so many bytes of bulk copies.
-__device__ inline void phase_arrive_expecting(uint32_t barrier, int bytes) {
+// Arrives, and the phase then lasts until so many bytes more have come.
+__device__ inline void phase_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// Bytes in 16s from device memory, which count at `barrier` when they are there.
+// Bytes in 16s that lie in a row, counted by a barrier. Visible to wgmma without publish().
 __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier,
                                  uint64_t policy) {
   asm volatile(
@@ -274,10 +298,21 @@ __device__ inline void registers_grow() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// The launch overlaps the end of the kernel before: nothing but parameters is read until then.
-__device__ inline void after_kernel_before() {
-  asm volatile("griddepcontrol.launch_dependents;");
+// A launch overlaps the end of the kernel before. Until this has returned nothing that it wrote is
+// read, and nothing that it reads written; what was done before its own wait is done.
+__device__ inline void kernel_before_done() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Once a thread of every block has come here, blocks of the next kernel take what room there is.
+__device__ inline void next_kernel_may_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Both, for a kernel that has nothing to do before.
+__device__ inline void after_kernel_before() {
+  next_kernel_may_start();
+  kernel_before_done();
 }
 
 __device__ inline uint32_t shared_address(const void* at) {

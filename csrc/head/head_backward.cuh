@@ -78,7 +78,7 @@ __device__ void fill_stages(const HeadBackwardMap& m, const HeadBackwardArgument
   using Shared = HeadBackwardShared<kFeatures>;
   constexpr int kChunks = kFeatures / 8;  // 16 bytes each
   const uint32_t full = base + Shared::kBarriers, empty = full + kHeadStages * 8;
-  const uint64_t passing = first_to_leave(), shared_by_slices = normal();
+  const uint64_t passing = first_to_leave(), shared_by_slices = stays();
   const char* const tokens =
       static_cast<const char*>(given.tokens) + of.slice * (kHeadSlice * int64_t{2});
   int stage = 0, parity = 1, before = 0;
@@ -87,7 +87,7 @@ __device__ void fill_stages(const HeadBackwardMap& m, const HeadBackwardArgument
     const int some = min(m.tokens - tile * kHeadStageTokens, kHeadStageTokens);
     const uint32_t to = base + stage * Shared::kStage, barrier = full + stage * 8;
     phase_wait(empty + stage * 8, parity);
-    if (thread == 0) phase_arrive_expecting(barrier, some * (kHeadSlice * 2 + 16));
+    if (thread == 0) phase_expect(barrier, some * (kHeadSlice * 2 + 16));
     barrier_wait(1, kHeadFillers);  // it expects before a copy arrives
     if (thread < some)
       copy_bulk(to + thread * Shared::kPitch, tokens + (token + thread) * m.width * 2,

@@ -183,10 +183,7 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
     for (int chunk = 0; chunk < kHeadChunks; ++chunk) fetch(x[chunk]);
   }
   share_weights(given, shared);
-  // 0, and the compiler cannot know. Else it would bring chunks to the order of the product as soon as
-  // they are there, and wait for them at the end of the loop, all at once.
-  const uint32_t zero = static_cast<uint32_t>(m.tokens) >> 31;
-  const uint32_t first_matrix = shared_address(shared.weight) >> 4 | (128 >> 4) << 16;
+  const uint64_t first_matrix = plain_view(shared_address(shared.weight));
   float(*const features)[Shared::kPitch] = shared.features[of_block];
 
   float loss = 0.f;  // 26 terms at the upsampler's size: roundings cancel over 67,584 threads
@@ -196,7 +193,7 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
     MomentSums sums[2];
     sums[0].begin(x[0][0][0][0]);
     sums[1].begin(x[0][1][0][0]);
-    uint32_t matrix = first_matrix;
+    uint64_t matrix = first_matrix;
 #pragma unroll 1
     for (int left = kWidth / (kHeadChunk * kHeadChunks); left > 0; --left) {
 #pragma unroll
@@ -211,8 +208,8 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
         multiply_fence();
 #pragma unroll
         for (int step = 0; step < kHeadSteps; ++step) {
-          multiply_rows<kTiles>(sum, a[step], matrix);
-          matrix += kStepBytes / 16;
+          multiply_held(sum, a[step], matrix);
+          matrix = further(matrix, kStepBytes);
         }
         multiply_commit();
         // Meanwhile the moments. The registers are free for another chunk when the product is done.

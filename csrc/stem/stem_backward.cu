@@ -1,45 +1,29 @@
 // The launches of the stem's backward, each beginning while the one before it ends.
+#include "launch.cuh"
 #include "stem/stem_backward_finish.cuh"
 
 namespace snapkernels {
 namespace {
 
-template <typename... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, int shared,
-                   cudaStream_t stream, const Parameters&... parameters) {
-  if (shared > 0) {
-    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, most, shared);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, parameters...);
-}
-
 template <int kChannels>
 cudaError_t launch_all(const StemBackwardArguments& given, const StemBackwardMap& map,
                        cudaStream_t stream) {
-  const int width = map.at.token_width;
-  cudaError_t error =
-      launch(stem_backward_kernel<kChannels>, map.slices * given.ranges, kBackwardThreads,
-             StemBackwardShared<kChannels>::kBytes, stream, map, given);
+  using Moments = StemMomentShared<kChannels>;
+  constexpr int kColumns = StemXhat<kChannels>::kColumns;
+  constexpr int kVectors = kColumns * kColumns / 4;
+  const int width = map.at.token_width, blocks = map.slices * given.ranges;
+  cudaError_t error = launch(stem_features_kernel<kChannels>, given.ranges * given.tiles,
+                             kFeatureThreads, 0, stream, map, given);
   if (error != cudaSuccess) return error;
-  error = launch(stem_moments_kernel<kChannels>, given.blocks, kMomentThreads,
-                 StemMomentShared<kChannels>::kBytes, stream, map, given);
+  error = launch(stem_backward_kernel<kChannels>, blocks, kBackwardThreads,
+                 StemBackwardShared<kChannels>::kBytes, stream, map, given);
   if (error != cudaSuccess) return error;
-  constexpr int kColumns = StemBackwardShared<kChannels>::kColumns;
-  const int products = width * kColumns / 4, moments = kColumns * kColumns / 4;
-  error = launch(stem_sums_kernel, (products + moments + kSumVectors - 1) / kSumVectors,
-                 kSumParts * kSumVectors, 0, stream, given, products, moments);
+  error = launch(stem_moments_kernel<kChannels>, blocks, Moments::kThreads,
+                 Moments::bytes(map.slices), stream, map, given);
+  if (error != cudaSuccess) return error;
+  static_assert(kVectors % kSumVectors == 0);
+  error = launch(stem_sums_kernel, kVectors / kSumVectors, kSumParts * kSumVectors, 0, stream,
+                 given, kVectors, blocks);
   if (error != cudaSuccess) return error;
   return launch(stem_combine_kernel<kChannels>, width / kCombineRows, kCombineThreads, 0, stream,
                 given, width);
@@ -55,7 +39,6 @@ cudaError_t stem_backward(const StemBackwardArguments& given, const StemGeometry
   const int groups = at.frames / at.group_t * groups_h * groups_w;
   const int positions = at.group_t * at.group_h * at.group_w;
   const StemBackwardMap map{at,
-                            at.batch * groups * positions,
                             positions,
                             at.token_width / kStemSlice,
                             1.f / at.token_width,

@@ -9,198 +9,61 @@
 // before a product with them can begin, and no block has a token's columns. But all that follows
 // is linear in c1 and c2. So blocks share nothing: one has a slice of 256 columns of a range of
 // tokens, leaves sum_t g xhat^T for it, its share of c1 and c2, and what needs no more than g: the
-// gradients of positions and norm_bias. The kernels of stem_backward_finish.cuh make the rest of
-// that and of the pixels, 10 % of the gradient's bytes.
+// gradients of positions and norm_bias. stem_features.cuh makes xhat before, for all slices, and
+// the kernels of stem_backward_finish.cuh the rest after.
 //
 // Tokens come in the order k = position (B G) + video and group: the tokens of a position follow
 // one another, and a range has whole positions.
 //
-// A block is a warpgroup that fills three stages, each of 64 tokens, and two that multiply, each
-// with 128 columns. A stage has g as it lies in memory, [token][d], and xhat as [feature][token]
-// with eight more rows: rstd as two bfloat16, and for six positions in turn which tokens are
-// theirs. From it a warpgroup makes
+// A block is a warpgroup that fills stages, each of 64 tokens, and two that multiply, each with 128
+// columns. A stage has g as it lies in memory, [token][d], and xhat as [feature][token] with eight
+// more rows: rstd as two bfloat16, and for six positions in turn which tokens are theirs. From it a
+// warpgroup makes
 // - sum_t g [xhat, rstd, positions]^T: K is tokens. 104 registers for 96 features, for as long as
 //   the block lives; the column of a position leaves and is cleared when the position is complete.
 // - g [norm_weight W_c, norm_weight b_c, norm_weight, 1]: K is columns. 52 registers, contracted
 //   with xhat while the other product runs.
-// The tensor cores take 1,700 cycles for 64 tokens, device memory 2,500.
+// The tensor cores take 1,700 cycles for 64 tokens, shared memory 1,900, device memory 2,500.
 #pragma once
 
-#include "divider.cuh"
-#include "stem/stem_backward.h"
-#include "stem/stem_forward.cuh"
-#include "wgmma.cuh"
+#include "stem/stem_features.cuh"
 
 namespace snapkernels {
 
-constexpr int kBackwardTokens = 64;        // of a stage
-constexpr int kBackwardChannels = 3;       // of the video; the other has as many or is not there
-constexpr int kBackwardStages = 3;         // two under way are 64 KB, 2.8 us of device memory
+constexpr int kBackwardStages = 4;         // of g: three under way are 96 KB, 4 us of device memory
+constexpr int kBackwardLate = 2;           // stages under way when an older one is handed on
+constexpr int kXhatStages = 3;             // a fourth would not fit, and xhat comes from L2
 constexpr int kBackwardThreads = 384;      // 168 registers each, 64,512 in all, shared out anew
 constexpr int kBackwardMultipliers = 256;  // threads of them that multiply
-constexpr int kBackwardSlots = 6;          // positions that may be incomplete at once
-// With 8 more for one or 16 for the other the rest spills.
-constexpr int kMultiplierRegisters = 192;
-constexpr int kFillerRegisters = 120;
-
-struct StemBackwardMap {
-  StemGeometry at;
-  int tokens, positions, slices;
-  float share;                  // 1 / D
-  float low_rows, low_columns;  // pixels of the low-resolution video in one of the video
-  Divider alike;                // B G: tokens of a position
-  Divider groups, groups_h, groups_w, group_h, group_w;
-};
+constexpr int kFillerRegisters = 40;       // with two of the others 504, three times 168
+constexpr int kMultiplierRegisters = 232;  // 104 and 52 accumulators, 26 for what rounding added
 
 // Shared memory of a block, in bytes from its begin.
 template <int kChannels>
 struct StemBackwardShared {
-  static constexpr int kFeatures = kChannels * kStemPatch * kStemPatch;
-  static constexpr int kColumns = kFeatures + kStemExtra;
-  static constexpr int kBlocks = kColumns / 8;
+  using Xhat = StemXhat<kChannels>;
+  static constexpr int kFeatures = Xhat::kFeatures, kColumns = Xhat::kColumns;
+  static constexpr int kBlocks = Xhat::kBlocks;
   static constexpr int kGradBlock = kBackwardTokens * kMatrixRow;  // 64 columns of a stage
-  static constexpr int kXhat = kStemSlice / 64 * kGradBlock;       // from a stage's begin
-  static constexpr int kMatrix = kColumns * kMatrixRow;  // of xhat, or 64 d of the weights
-  static constexpr int kStage = kXhat + kMatrix;
-  static constexpr int kScaled = kBackwardStages * kStage;  // [norm_weight W_c, ..]: [64 d][column]
+  static constexpr int kGrad = kStemSlice / 64 * kGradBlock;       // a stage of g
+  static constexpr int kMatrix = Xhat::kMatrix;  // a stage of xhat, or 64 d of the weights
+  static constexpr int kXhat = kBackwardStages * kGrad;
+  // [norm_weight W_c, ..], as [64 d][column].
+  static constexpr int kScaled = kXhat + kXhatStages * kMatrix;
   static constexpr int kMeans = kScaled + kStemSlice / 64 * kMatrix;  // of W and bias over D
   static constexpr int kLost = kMeans + kColumns * 4;  // mean of 128 d: what rounding added
   static constexpr int kParts = kLost + kStemSlice / kStemHalf * kColumns * 4;
   static constexpr int kBarriers = kParts + kBackwardMultipliers / 32 * kColumns * 4;
   static constexpr int kBytes = kBarriers + 2 * kBackwardStages * 8;
-  static_assert(kMatrix % 1024 == 0 && kBarriers % 8 == 0 && kBytes <= 232448);
+  static_assert(kBackwardStages == kXhatStages + 1 && kBarriers % 8 == 0 && kBytes <= 232448);
 };
 
-// Token k of this kernel's order, and where its patch lies.
-struct StemPatch {
-  uint32_t token, position;
-  uint32_t b, t, y, x;  // y, x: of its first pixel
+// What a block does: 256 columns of a range. Its slices run together, and find its xhat in L2.
+struct StemShare : StemRange {
+  int slice;
 
-  __device__ StemPatch(const StemBackwardMap& m, uint32_t k) {
-    position = m.alike.quotient(k);
-    const uint32_t bg = k - position * m.alike.divisor;
-    token = bg * m.positions + position;
-    b = m.groups.quotient(bg);
-    const uint32_t g = bg - b * m.groups.divisor;
-    const uint32_t g_row = m.groups_w.quotient(g), gw = g - g_row * m.groups_w.divisor;
-    const uint32_t gt = m.groups_h.quotient(g_row), gh = g_row - gt * m.groups_h.divisor;
-    const uint32_t n_row = m.group_w.quotient(position);
-    const uint32_t nw = position - n_row * m.group_w.divisor;
-    const uint32_t nt = m.group_h.quotient(n_row), nh = n_row - nt * m.group_h.divisor;
-    t = gt * m.at.group_t + nt;
-    y = (gh * m.group_h.divisor + nh) * kStemPatch;
-    x = (gw * m.group_w.divisor + nw) * kStemPatch;
-  }
-};
-
-// A row of pixels of token k's patch: under way from here on, and xhat, unrounded, after finish().
-// What the row's place is good for is computed again there: registers are what is scarce.
-template <int kChannels>
-struct StemPixels {
-  int y, x;  // of its first pixel; y is -1 past the last token and below the last row: zeros there
-  float rstd, scale;
-  // Of the video the row; of the other the four around its first pixel: above, then below.
-  float4 of[kChannels];
-
-  __device__ StemPixels(const StemBackwardMap& m, const StemBackwardArguments& given, uint32_t k,
-                        uint32_t last, int row) {
-    const StemGeometry& at = m.at;
-    const StemPatch patch(m, min(k, last - 1));
-    const int64_t channel = static_cast<int64_t>(at.frames) * at.height * at.width;
-    const int wanted = patch.y + row, found = min(wanted, at.height - 1);
-    y = k < last && wanted == found ? wanted : -1;
-    x = patch.x;
-    rstd = given.rstd[patch.token];
-    scale = given.scale[patch.b];
-    const float* pixels = given.video + patch.b * kBackwardChannels * channel +
-                          (static_cast<int64_t>(patch.t) * at.height + found) * at.width + x;
-#pragma unroll
-    for (int c = 0; c < kBackwardChannels; ++c, pixels += channel)
-      of[c] = load_once(pixels);
-    if constexpr (kChannels > kBackwardChannels) {
-      const StemTap down(found, m.low_rows, at.low_height), across(x, m.low_columns, at.low_width);
-      const float* frame = low_frame(m, given, patch);
-      const float *first = frame + down.first * at.low_width + across.first,
-                  *below = frame + down.second * at.low_width + across.first;
-      const int next = across.second - across.first;
-#pragma unroll
-      for (int c = kBackwardChannels; c < kChannels; ++c) {
-        of[c] = {first[0], first[next], below[0], below[next]};
-        first += low_channel(m);
-        below += low_channel(m);
-      }
-    }
-  }
-
-  __device__ void finish(const StemBackwardMap& m, const StemBackwardArguments& given, uint32_t k) {
-    if constexpr (kChannels > kBackwardChannels) {
-      const StemTap down(y, m.low_rows, m.at.low_height), begin(x, m.low_columns, m.at.low_width),
-          second(x + 1, m.low_columns, m.at.low_width), third(x + 2, m.low_columns, m.at.low_width),
-          end(x + 3, m.low_columns, m.at.low_width);
-#pragma unroll
-      for (int c = kBackwardChannels; c < kChannels; ++c) {
-        const float left = down.between(of[c].x, of[c].z), right = down.between(of[c].y, of[c].w);
-        of[c] = {begin.between(left, right), second.between(left, right),
-                 third.between(left, right), end.between(left, right)};
-      }
-      if (begin.first != end.first && y >= 0)  // never at eight times the size
-        read_again(m, low_frame(m, given, StemPatch(m, k)), down);
-    }
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const float factor = c < kBackwardChannels ? scale : 1.f;
-      float4& v = of[c];
-      v = {v.x * factor * rstd, v.y * factor * rstd, v.z * factor * rstd, v.w * factor * rstd};
-      if (y < 0) v = {};
-    }
-  }
-
- private:
-  static __device__ int64_t low_channel(const StemBackwardMap& m) {
-    return static_cast<int64_t>(m.at.frames) * m.at.low_height * m.at.low_width;
-  }
-
-  static __device__ const float* low_frame(const StemBackwardMap& m,
-                                           const StemBackwardArguments& given,
-                                           const StemPatch& patch) {
-    return given.low_res + patch.b * m.at.low_channels * low_channel(m) +
-           static_cast<int64_t>(patch.t) * m.at.low_height * m.at.low_width;
-  }
-
-  // The low-resolution video where pixels of the row lie between different columns of it.
-  __device__ void read_again(const StemBackwardMap& m, const float* frame, const StemTap& down) {
-    const float *const above = frame + down.first * m.at.low_width,
-                *const below = frame + down.second * m.at.low_width;
-#pragma unroll 1
-    for (int i = 0; i < kStemPatch; ++i) {
-      const StemTap tap(x + i, m.low_columns, m.at.low_width);
-#pragma unroll
-      for (int c = kBackwardChannels; c < kChannels; ++c) {
-        const int64_t to = (c - kBackwardChannels) * low_channel(m);
-        const float left = down.between(above[to + tap.first], below[to + tap.first]);
-        const float right = down.between(above[to + tap.second], below[to + tap.second]);
-        of[c] = {of[c].y, of[c].z, of[c].w, tap.between(left, right)};
-      }
-    }
-  }
-};
-
-// What a block does: 256 columns of the tokens k of whole positions.
-struct StemShare {
-  int slice, range;
-  uint32_t position, first, last;  // k from first to last - 1
-  int tiles;
-
-  __device__ explicit StemShare(const StemBackwardMap& m, int ranges) {
-    // A range's slices run together, and find its pixels in L2.
-    range = blockIdx.x / m.slices;
-    slice = blockIdx.x - range * m.slices;
-    position = static_cast<int64_t>(range) * m.positions / ranges;
-    const uint32_t end = static_cast<int64_t>(range + 1) * m.positions / ranges;
-    first = position * m.alike.divisor;
-    last = end * m.alike.divisor;
-    tiles = (last - first + kBackwardTokens - 1) / kBackwardTokens;
-  }
+  __device__ explicit StemShare(const StemBackwardMap& m, int ranges)
+      : StemRange(m, ranges, blockIdx.x / m.slices), slice(blockIdx.x - range * m.slices) {}
 };
 
 // Stages
@@ -230,79 +93,50 @@ __device__ inline void copy_grad(const StemBackwardMap& m, const StemBackwardArg
   }
 }
 
-// xhat of a lane's two tokens k and k + 1, and its share of the rows after the features.
-template <int kChannels>
-__device__ void write_xhat(const StemBackwardMap& m, const StemShare& of,
-                           const StemPixels<kChannels> (&pixels)[2], uint32_t k, int row, int lane,
-                           unsigned char* matrix) {
-  // Pixel i of channel 0, then 16 features on for each channel, which are as swizzled.
-  const auto at = [&](int feature) -> uint32_t* {
-    return reinterpret_cast<uint32_t*>(matrix + swizzled(feature, lane / 4) + lane % 4 * 4);
-  };
-  constexpr int kApart = kStemPatch * kStemPatch * kMatrixRow / 4;  // of channels, in words
-  uint32_t* const first[kStemPatch] = {at(row * 4), at(row * 4 + 1), at(row * 4 + 2),
-                                       at(row * 4 + 3)};
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    const float4 &low = pixels[0].of[c], &high = pixels[1].of[c];
-    first[0][c * kApart] = bf16_pair(low.x, high.x);
-    first[1][c * kApart] = bf16_pair(low.y, high.y);
-    first[2][c * kApart] = bf16_pair(low.z, high.z);
-    first[3][c * kApart] = bf16_pair(low.w, high.w);
-  }
-  float extra[2][2];  // [row][token]
-#pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    const int slot = (m.alike.quotient(k + which) - of.position) % kBackwardSlots;
-    const float rstd = pixels[which].rstd, rounded = bf16_rounded(rstd);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float part = i ? rstd - rounded : rounded, mine = slot == 2 * (row - 1) + i ? 1.f : 0.f;
-      extra[i][which] = k + which >= of.last ? 0.f : row == 0 ? part : mine;
-    }
-  }
-  *at(kChannels * 16 + 2 * row) = bf16_pair(extra[0][0], extra[0][1]);
-  *at(kChannels * 16 + 2 * row + 1) = bf16_pair(extra[1][0], extra[1][1]);
-}
-
-// The filling warpgroup. Warp w has row w of the pixels of every patch.
+// The filling warpgroup. It publishes what it copied, two stages later: it has time for the fence.
+// The gradient is asked for before the features of the kernel before are there.
 template <int kChannels>
 __device__ void fill_stages(const StemBackwardMap& m, const StemBackwardArguments& given,
-                            const StemShare& of, int warp, int lane, unsigned char* shared) {
+                            const StemShare& of, int warp, int lane, uint32_t base) {
   using Shared = StemBackwardShared<kChannels>;
-  const uint32_t base = shared_address(shared);
   const uint32_t full = base + Shared::kBarriers, empty = full + kBackwardStages * 8;
-  const uint64_t passing = first_to_leave();  // L2 keeps the pixels, to be read again
+  const uint64_t passing = first_to_leave(), shared_by_slices = stays();
+  const int early = min(of.tiles, kBackwardLate);
+  const unsigned char* matrix = Shared::Xhat::matrix(given, of.range, 0);
   uint32_t k = of.first;
-  int stage = 0, parity = 1, before = 0;
-  const auto load = [&](int which) {
-    return StemPixels<kChannels>(m, given, k + 2 * lane + which, of.last, warp);
+  int stage = 0, parity = 1, xhat_stage = 0;
+  const auto fetch_xhat = [&](int of_stage) {
+    phase_expect(full + of_stage * 8, Shared::kMatrix);
+    copy_bulk(base + Shared::kXhat + xhat_stage * Shared::kMatrix, matrix, Shared::kMatrix,
+              full + of_stage * 8, shared_by_slices);
+    matrix += Shared::kMatrix;
+    if (++xhat_stage == kXhatStages) xhat_stage = 0;
   };
-  StemPixels<kChannels> pixels[2] = {load(0), load(1)};
-  for (int tile = 0; tile < of.tiles; ++tile) {
-    phase_wait(empty + stage * 8, parity);
-    copy_grad(m, given, of, k, warp, lane, base + stage * Shared::kStage, passing);
-    copies_commit();
-    unsigned char* const matrix = shared + stage * Shared::kStage + Shared::kXhat;
-    pixels[0].finish(m, given, k + 2 * lane);
-    pixels[1].finish(m, given, k + 2 * lane + 1);
-    write_xhat<kChannels>(m, of, pixels, k + 2 * lane, warp, lane, matrix);
-    k += kBackwardTokens;
-    if (tile + 1 < of.tiles) {  // the next pixels are awaited after the next stage is free
-      pixels[0] = load(0);
-      pixels[1] = load(1);
+  for (int tile = 0; tile < of.tiles + kBackwardLate; ++tile, k += kBackwardTokens) {
+    const int now = stage;
+    if (tile < of.tiles) {
+      phase_wait(empty + now * 8, parity);
+      copy_grad(m, given, of, k, warp, lane, base + now * Shared::kGrad, passing);
     }
-    if (tile > 0) {  // the stage before is complete, this one under way
-      copies_wait<1>();
-      publish();
-      phase_arrive(full + before * 8);
-    }
-    before = stage;
+    copies_commit();  // of nothing, after the last tile
     if (++stage == kBackwardStages) stage = 0, parity ^= 1;
+    if (tile >= kBackwardLate) {
+      copies_wait<kBackwardLate>();
+      publish();
+      phase_arrive(full + (now + kBackwardStages - kBackwardLate) % kBackwardStages * 8);
+    }
+    if (warp == 0 && lane == 0 && tile + 1 >= early && tile < of.tiles) {
+      if (tile + 1 == early) {
+        kernel_before_done();
+        next_kernel_may_start();
+        for (int which = 0; which < now; ++which) fetch_xhat(which);
+      }
+      // The next stage of g was last used with this one of xhat.
+      phase_wait(empty + stage * 8, parity);
+      fetch_xhat(now);
+    }
+    __syncwarp();  // the next row is one request of all lanes
   }
-  copies_wait<0>();
-  publish();
-  phase_arrive(full + before * 8);
 }
 
 // Products
@@ -422,17 +256,17 @@ __device__ void share_scaled(const StemBackwardMap& m, const StemBackwardArgumen
 
 // This lane's part of a token's c1 and c2, of 128 columns: H of tokens r and r + 8 and xhat.
 template <int kBlocks>
-__device__ void contract(const Accumulators<kBlocks>& h, uint32_t matrix, const float* lost,
-                         int warp, int lane, float2 (&coefficients)[2]) {
+__device__ void contract(const Accumulators<kBlocks>& h, uint32_t matrix,
+                         const float2 (&lost)[kBlocks], int warp, int lane,
+                         float2 (&coefficients)[2]) {
   const int q = lane % 4;
   float dot[2] = {}, of_lost[2] = {};
   const auto add = [&](int j, const uint32_t* x) {
-    const float2 each = *reinterpret_cast<const float2*>(lost + 8 * j + 2 * q);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float low = bf16_low(x[half]), high = bf16_high(x[half]);
       dot[half] = fmaf(h[j][2 * half], low, fmaf(h[j][2 * half + 1], high, dot[half]));
-      of_lost[half] = fmaf(each.x, low, fmaf(each.y, high, of_lost[half]));
+      of_lost[half] = fmaf(lost[j].x, low, fmaf(lost[j].y, high, of_lost[half]));
     }
   };
   // Tokens 16 warp + (0 .. 7), then + (8 .. 15), of eight features, and of the next eight.
@@ -473,24 +307,29 @@ __device__ void multiply_stages(const StemBackwardMap& m, const StemBackwardArgu
   const uint32_t full = base + Shared::kBarriers, empty = full + kBackwardStages * 8;
   const uint64_t scaled_view =
       matrix_view(base + Shared::kScaled + warpgroup * 2 * Shared::kMatrix);
-  const float* const lost =
-      reinterpret_cast<const float*>(shared + Shared::kLost) + warpgroup * Shared::kColumns;
+  float2 lost[kBlocks];  // of the lane's columns of H
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j)
+    lost[j] = reinterpret_cast<const float2*>(
+        shared + Shared::kLost)[(warpgroup * Shared::kColumns + 8 * j) / 2 + q];
   const int row = 16 * warp + r;
   // Of the block's 64 columns i, and half of the lane's two: d + 64 i + 8 half.
   const int d = of.slice * kStemSlice + warpgroup * kStemHalf + row;
-  float2* const coefficients =
-      reinterpret_cast<float2*>(given.coefficients) +
-      static_cast<int64_t>(of.slice * 2 + warpgroup) * m.tokens + of.first + row;
+  const int parts = 2 * m.slices;
+  float2* coefficients = reinterpret_cast<float2*>(given.coefficients) +
+                         (static_cast<int64_t>(of.range) * given.tiles * parts + of.slice * 2 +
+                          warpgroup) * kBackwardTokens + row;
   uint16_t* d_positions = static_cast<uint16_t*>(given.d_positions) +
-                                    static_cast<int64_t>(of.position) * m.at.token_width + d;
+                          static_cast<int64_t>(of.position) * m.at.token_width + d;
 
   Accumulators<kBlocks> product[2] = {};
   float norm_bias[2][2] = {};
   uint32_t complete = 0;
-  int slot = 0, stage = 0, parity = 0;
+  int slot = 0, stage = 0, parity = 0, xhat_stage = 0;
   for (int tile = 0; tile < of.tiles; ++tile) {
-    const uint32_t begin = base + stage * Shared::kStage, xhat = begin + Shared::kXhat;
-    const uint64_t grad_view = matrix_view(begin + warpgroup * 2 * Shared::kGradBlock);
+    const uint32_t xhat = base + Shared::kXhat + xhat_stage * Shared::kMatrix;
+    const uint64_t grad_view =
+        matrix_view(base + stage * Shared::kGrad + warpgroup * 2 * Shared::kGradBlock);
     const uint64_t xhat_view = matrix_view(xhat);
     phase_wait(full + stage * 8, parity);
     Accumulators<kBlocks> h;
@@ -520,21 +359,22 @@ __device__ void multiply_stages(const StemBackwardMap& m, const StemBackwardArgu
     settle<kBlocks>(h);
     float2 made[2];
     contract<kBlocks>(h, xhat, lost, warp, lane, made);
-    const uint32_t done = tile * kBackwardTokens, length = of.last - of.first;
-    if (q == 1) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (done + row + 8 * half < length) coefficients[done + 8 * half] = made[half];
+    if (q == 1) {  // zeros of a token past the last
+      coefficients[0] = made[0];
+      coefficients[8] = made[1];
     }
+    coefficients += parts * kBackwardTokens;
     multiply_wait<0>();
     settle<kBlocks>(product[0]);
     settle<kBlocks>(product[1]);
     __syncwarp();
     if (lane == 0) phase_arrive(empty + stage * 8);
     if (++stage == kBackwardStages) stage = 0, parity ^= 1;
+    if (++xhat_stage == kXhatStages) xhat_stage = 0;
 
     // Positions without a token after this tile.
-    for (const uint32_t now = m.alike.quotient(min(done + kBackwardTokens, length)); complete < now;
+    const uint32_t done = min((tile + 1) * kBackwardTokens, of.last - of.first);
+    for (const uint32_t now = m.alike.quotient(done); complete < now;
          ++complete, d_positions += m.at.token_width) {
       if (q == slot / 2 + 1) {
 #pragma unroll
@@ -587,15 +427,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   if (threadIdx.x == 0) {
     const uint32_t full = shared_address(stages) + Shared::kBarriers;
     for (int stage = 0; stage < kBackwardStages; ++stage) {
-      phase_begin(full + stage * 8, kBackwardThreads - kBackwardMultipliers);
+      // The filling threads, and the copy of xhat.
+      phase_begin(full + stage * 8, kBackwardThreads - kBackwardMultipliers + 1);
       phase_begin(full + (kBackwardStages + stage) * 8, kBackwardMultipliers / 32);
     }
+    publish();
   }
   __syncthreads();
-  after_kernel_before();
   if (warpgroup == 2) {
     registers_shrink<kFillerRegisters>();
-    fill_stages<kChannels>(m, given, of, warp, lane, stages);
+    fill_stages<kChannels>(m, given, of, warp, lane, shared_address(stages));
   } else {
     registers_grow<kMultiplierRegisters>();
     share_scaled<kChannels>(m, given, of, threadIdx.x, stages);

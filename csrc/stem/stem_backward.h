@@ -9,6 +9,7 @@ namespace snapkernels {
 
 constexpr int kStemSlice = 256;       // columns of D of a block
 constexpr int kStemHalf = 128;        // of them a warpgroup's: c1 and c2 are sums over such
+constexpr int kStemStage = 64;        // tokens that are multiplied at once
 constexpr int kStemExtra = 8;         // columns beside the features in every product
 constexpr int kStemLeastAlike = 13;  // tokens of a position: of fewer, 64 may have seven of them
 
@@ -20,13 +21,15 @@ struct StemBackwardArguments {
   const void *weight, *bias, *norm_weight;
   void *d_weight, *d_bias, *d_norm_weight, *d_norm_bias, *d_positions;
 
-  // Written and read again, float32, with F = features + 8:
-  float* products;      // (ranges, D, F): of the gradient and [xhat, ..] over a range of tokens
-  float* coefficients;  // (D / 128, tokens, 2): c1 and c2, not yet added over D
-  float* moments;       // (blocks, F, F): of [c2 xhat, ..] and [xhat, ..] over some tokens
+  // Written and read again, float32 but for features, with F = features + 8. Tokens are in ranges
+  // of whole positions, each in `tiles` tiles of 64, of which the last may be partial or not there.
+  void* features;       // (ranges, tiles, F, 64), bfloat16: [xhat, ..], swizzled
+  float* products;      // (ranges, D, F): of the gradient and [xhat, ..] over a range
+  float* coefficients;  // (ranges, tiles, D / 128, 64, 2): c1 and c2, not yet added over D
+  float* moments;       // (ranges D / 256, F, F): of [c2 xhat, ..] and [xhat, ..] over some tiles
   float* means;         // (F): over D, of weight and bias
-  float* sums;          // (D + F, F): products, then moments, added
-  int ranges, blocks;   // ranges <= N
+  float* sums;          // (F, F): moments, added
+  int ranges, tiles;    // ranges <= N
 };
 
 cudaError_t stem_backward(const StemBackwardArguments& given, const StemGeometry& at,

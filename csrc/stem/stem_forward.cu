@@ -3,12 +3,14 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
+
 namespace snapkernels {
 namespace {
 
 // One block a multiprocessor; where there are fewer tiles, one for each before any block has two.
 template <int kSteps>
-cudaError_t launch(const StemArguments& given, const StemMap& map, cudaStream_t stream) {
+cudaError_t launch_steps(const StemArguments& given, const StemMap& map, cudaStream_t stream) {
   int device, multiprocessors;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -17,20 +19,9 @@ cudaError_t launch(const StemArguments& given, const StemMap& map, cudaStream_t 
 
   const auto kernel =
       map.alike ? stem_forward_kernel<kSteps, true> : stem_forward_kernel<kSteps, false>;
-  const int shared = stem_shared_bytes<kSteps>(map.at.token_width);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = std::min(multiprocessors, map.tiles);
-  config.blockDim = 128 * (map.alike ? kStemWarpgroups<true> : kStemWarpgroups<false>);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, map, given);
+  return launch(kernel, std::min(multiprocessors, map.tiles),
+                128 * (map.alike ? kStemWarpgroups<true> : kStemWarpgroups<false>),
+                stem_shared_bytes<kSteps>(map.at.token_width), stream, map, given);
 }
 
 }  // namespace
@@ -62,17 +53,17 @@ cudaError_t stem(const StemArguments& given, const StemGeometry& at, cudaStream_
                     Divider(at.tables)};
   switch (at.channels + at.low_channels) {
     case 1:
-      return launch<1>(given, map, stream);
+      return launch_steps<1>(given, map, stream);
     case 2:
-      return launch<2>(given, map, stream);
+      return launch_steps<2>(given, map, stream);
     case 3:
-      return launch<3>(given, map, stream);
+      return launch_steps<3>(given, map, stream);
     case 4:
-      return launch<4>(given, map, stream);
+      return launch_steps<4>(given, map, stream);
     case 5:
-      return launch<5>(given, map, stream);
+      return launch_steps<5>(given, map, stream);
     case 6:
-      return launch<6>(given, map, stream);
+      return launch_steps<6>(given, map, stream);
     default:
       return cudaErrorInvalidValue;
   }

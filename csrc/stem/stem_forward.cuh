@@ -84,13 +84,21 @@ __device__ inline float4 load_shared(uint32_t address) {
   return loaded;
 }
 
-// Volatile: to be under way from here on, not from its first use.
+// Volatile: to be under way from here on, not from its first use. The last to leave L1, which the
+// other warps of a tile have it from.
 __device__ inline uint4 load_ahead(const uint4* source) {
   uint4 loaded;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
                : "l"(source));
   return loaded;
+}
+
+// Past L1, where positions stay.
+__device__ inline void store_past(uint4* target, const uint4& x) {
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(x.x),
+               "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
 }
 
 // Accumulators of 64 x 64: column 8 j + 2 q + i % 2 of row r + 8 (i / 2) of the warp's 16 tokens.
@@ -212,7 +220,7 @@ __device__ void load_pixels(const StemMap& m, const StemArguments& given,
 #pragma unroll
     for (int c = 0; c < kSteps; ++c) {
       if (c < at.channels) {
-        read[half][c] = *reinterpret_cast<const float4*>(row + c * channel);
+        read[half][c] = load_once(row + c * channel);
       } else {
         const float* const frame = frames + (c - at.channels) * low_channel;
         read[half][c] = {frame[above + across.first], frame[above + across.second],
@@ -401,9 +409,7 @@ __global__ void __launch_bounds__(kStemWarpgroups<kAlike> * 128, 1)
   // The last, partial round of tiles is spread over all blocks.
   const int first_tile = warpgroup * gridDim.x + blockIdx.x;
 
-  // The launch overlaps the end of the kernel before: nothing was read so far but parameters.
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  after_kernel_before();
 
   // The weights, once. Warpgroup 0 has its first pixels to wait for meanwhile.
   if (warpgroup > 0) {
@@ -529,7 +535,7 @@ __global__ void __launch_bounds__(kStemWarpgroups<kAlike> * 128, 1)
                                     (second ? bias.w : bias.y) + bf16_high(added_pair));
             word(made, p) = bf16_pair(low, high);
           }
-          if (position[half] < m.positions) targets[half][v * 4] = made;
+          if (position[half] < m.positions) store_past(targets[half] + v * 4, made);
         }
 #pragma unroll
         for (int half = 0; half < kPositions; ++half)

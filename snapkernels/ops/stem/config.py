@@ -19,7 +19,6 @@ CUDA_BACKWARD_LEAST_GROUPS = 13  # of all videos: with fewer 64 tokens may have 
 CUDA_BACKWARD_TOKENS = 64  # of a stage
 CUDA_BACKWARD_PART = 128  # columns of D in one part of c1 and c2
 CUDA_BACKWARD_EXTRA = 8  # columns of a product beside the features
-CUDA_BACKWARD_MOMENT_BLOCKS = 2  # for each multiprocessor: one loads while the other multiplies
 VECTOR = 16  # bytes of the CUDA kernel's loads and stores
 WEIGHTS = ("weight", "bias", "norm_weight", "norm_bias", "positions")
 

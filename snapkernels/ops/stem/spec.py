@@ -201,6 +201,22 @@ STEM = Spec(
             replace="const bool inside = true;",
         ),
         Mutant(
+            name="a position's tokens counted as its neighbour's, compiled",
+            backend="cuda",
+            backward=True,
+            file="stem/stem_features.cuh",
+            find="slot == 2 * (row - 1) + i ? 1.f : 0.f",
+            replace="slot == 2 * (row - 1) ? 1.f : 0.f",
+        ),
+        Mutant(
+            name="half of a token's columns counted twice, compiled",
+            backend="cuda",
+            backward=True,
+            file="stem/stem_backward_finish.cuh",
+            find="which * slices * kBackwardTokens",
+            replace="0 * slices * kBackwardTokens",
+        ),
+        Mutant(
             name="mean of the gradient left in that of W, compiled",
             backend="cuda",
             backward=True,

@@ -49,19 +49,20 @@ def stem_backward(
     grad = grad.contiguous()
     if grad.data_ptr() % config.VECTOR:
         grad = grad.clone()
-    (dim, columns), tokens = w.weight.shape, rstd.numel()
+    (dim, columns), patches = w.weight.shape, w.positions.shape[1]
     columns += config.CUDA_BACKWARD_EXTRA
     processors = torch.cuda.get_device_properties(grad.device).multi_processor_count
     slices = dim // config.CUDA_BACKWARD_COLUMNS
-    ranges = min(w.positions.shape[1], max(1, processors // slices))
-    tiles = -(-tokens // config.CUDA_BACKWARD_TOKENS)
-    blocks = min(tiles, processors * config.CUDA_BACKWARD_MOMENT_BLOCKS)
+    ranges = min(patches, max(1, processors // slices))
+    longest = -(-patches // ranges) * (rstd.numel() // patches)
+    tiles = -(-longest // config.CUDA_BACKWARD_TOKENS)
+    features = w.weight.new_empty((ranges, tiles, columns, config.CUDA_BACKWARD_TOKENS))
     scratch = (
         (ranges, dim, columns),
-        (dim // config.CUDA_BACKWARD_PART, tokens, 2),
-        (blocks, columns, columns),
+        (ranges, tiles, dim // config.CUDA_BACKWARD_PART, config.CUDA_BACKWARD_TOKENS, 2),
+        (ranges * slices, columns, columns),
         (columns,),
-        (dim + columns, columns),
+        (columns, columns),
     )
     found = [torch.empty_like(one) for one in w]
     torch.ops.snapkernels_cuda.stem_backward(
@@ -72,6 +73,7 @@ def stem_backward(
         low_res,
         *w[:3],
         *found,
+        features,
         *(rstd.new_empty(shape) for shape in scratch),
         group,
     )
