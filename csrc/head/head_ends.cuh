@@ -10,7 +10,7 @@ namespace snapkernels {
 
 enum class HeadEnd { kF, kMix, kLoss };
 
-constexpr int kHeadWarps = 12;  // of a block, which has a multiprocessor
+constexpr int kHeadWarps = 16;  // of a block, which has a multiprocessor
 constexpr int kHeadThreads = kHeadWarps * 32;
 
 struct HeadMap {
@@ -69,14 +69,14 @@ __device__ inline float4 four(const float* pixels, int64_t offset) {
   return *reinterpret_cast<const float4*>(pixels + offset);
 }
 
-// A token, and of what it is made F.
+// A token's moments, and what is left of its mean in its product.
 struct HeadToken {
   int number;
-  float mean, rstd;
+  float mean, rstd, left;
 };
 
 // What becomes of a token's F, and what of it is saved: lanes n and n + 16 of a warp have even and
-// odd rows of the patch. `product` is W' x. Returns the loss of this lane's pixels.
+// odd rows of the patch. `product` is W (norm_weight (x - m)). Returns the loss of this lane's pixels.
 template <HeadEnd kEnd, bool kSaves, int kWidth, int kFeatures, typename Shared>
 __device__ float end_of(const HeadMap& m, const HeadArguments& given, const HeadToken& token,
                         int first_row, const float* product, const Shared& shared) {
@@ -100,7 +100,7 @@ __device__ float end_of(const HeadMap& m, const HeadArguments& given, const Head
     if (!kSaves && !has) continue;
     const auto of_row = [&](const float* of) { return four(of, row * kHeadPatch); };
     const float4 centred =
-        token.rstd * (of_row(product) + -token.mean * of_row(shared.folded));
+        token.rstd * (of_row(product) + -token.left * of_row(shared.gain));
     const float4 F = centred + of_row(shared.shift);
     float4 saved = F;
     if constexpr (kEnd == HeadEnd::kLoss) saved = {};

@@ -1,13 +1,13 @@
 // The head: LayerNorm, the product with W, unpatchify, and what an end makes of the pixels.
 //
 // The tokens are 90 % of the bytes, so they go from device memory to registers, from there to the
-// tensor cores, and nowhere else; W stays in shared memory. Instructions are scarce too, so
-// LayerNorm is not applied to tokens. With W' = W norm_weight, rounded,
+// tensor cores, and nowhere else; W stays in shared memory. LayerNorm's moments are known after a
+// token's last column, its product wants the first at once. So it gets less of LayerNorm:
 //
-//   F = rstd (W' x - mean sum_d W') + W norm_bias + bias:
+//   F = rstd (W (norm_weight (x - m)) - (mean - m) W norm_weight) + W norm_bias + bias.
 //
-// the mean leaves exactly what W' makes of it, and the one rounding is that of W', where LayerNorm
-// would round its output. So a token is needed once, for its product and its moments alike.
+// m is the mean of the token's first 64 columns, so that x - m is as small as LayerNorm's output
+// and is rounded as that would be, however large the mean.
 //
 // A warpgroup has 64 tokens, a warp 16 of them, and goes over their columns 32 at a time: seven such
 // chunks are under way while one is multiplied. Warps share W and nothing else.
@@ -23,7 +23,7 @@
 namespace snapkernels {
 
 constexpr int kHeadChunk = 64;   // columns
-constexpr int kHeadChunks = 4;   // on their way to registers: 128 KB of all warps
+constexpr int kHeadChunks = 2;   // on their way to registers: 128 KB of all warps
 constexpr int kHeadSteps = kHeadChunk / 16;
 
 // Shared memory of a block.
@@ -32,10 +32,10 @@ struct HeadShared {
   // An odd number of 16 bytes more than a bank's turn: eight tokens' float4 are in eight places.
   static constexpr int kPitch = kFeatures + 4;
 
-  // W' by step of the product, eight features, and half of K: matrices of 128 bytes.
+  // W by step of the product, eight features, and half of K: matrices of 128 bytes.
   uint4 weight[kWidth / 16][kFeatures / 8][2][8];
-  // Rows of W' and of W norm_weight unrounded, each added up; bias + W norm_bias.
-  float folded[kFeatures], gain[kFeatures], shift[kFeatures];
+  float norm_weight[kWidth];
+  float gain[kFeatures], shift[kFeatures];  // W norm_weight, bias + W norm_bias
   float features[kHeadWarps][kHeadTokens][kPitch];
 };
 
@@ -46,46 +46,13 @@ __device__ inline void load_tokens(uint32_t (&to)[4], const uint4* source) {
                : "l"(source));
 }
 
-// Mean, and sum of squares around it. Two sets of `count` values joined (Chan et al., 1979).
-struct Moments {
-  float mean, squares;
-
-  __device__ static Moments join(Moments a, Moments b, float count) {
-    const float apart = b.mean - a.mean;
-    return {.5f * (a.mean + b.mean), (a.squares + b.squares) + apart * apart * (.5f * count)};
-  }
-};
-
-// Of a lane's part of a token, in one pass over values less the first. That one is within
-// sqrt(D / 4) = 16 deviations of the mean, so that the subtraction at the end costs 8 bits of 24 at
-// most, however large the mean.
-struct MomentSums {
-  float first, sum, squares;
-
-  __device__ void begin(uint32_t pair) {
-    first = bf16_low(pair);
-    sum = squares = 0.f;
-  }
-  __device__ void add(uint32_t pair) {
-    const float low = bf16_low(pair) - first, high = bf16_high(pair) - first;
-    sum += low;
-    squares = fmaf(low, low, squares);
-    sum += high;
-    squares = fmaf(high, high, squares);
-  }
-  __device__ Moments of(float count) const {
-    const float mean = sum / count, around = squares - sum * mean;
-    return {first + mean, around < 0.f ? 0.f : around};  // fmaxf would lose a NaN
-  }
-};
-
-// W' to shared memory, and what its rows add up to: a thread has a feature's 32 columns at a time,
-// four words of each q, and puts them in K's order.
+// W to shared memory, and its products with norm_weight and norm_bias: a thread has a feature's 32
+// columns at a time, four words of each q, and puts them in K's order.
 template <int kWidth, int kFeatures>
 __device__ void share_weights(const HeadArguments& given, HeadShared<kWidth, kFeatures>& shared) {
   constexpr int kParts = kWidth / 32;
   // The warps' memory is not in use yet.
-  float(*const parts)[3][kFeatures] = reinterpret_cast<float(*)[3][kFeatures]>(shared.features);
+  float(*const parts)[2][kFeatures] = reinterpret_cast<float(*)[2][kFeatures]>(shared.features);
   for (int i = threadIdx.x; i < kParts * kFeatures; i += kHeadThreads) {
     const int feature = i % kFeatures, part = i / kFeatures;
     const uint4* const rows[3] = {
@@ -93,7 +60,7 @@ __device__ void share_weights(const HeadArguments& given, HeadShared<kWidth, kFe
         static_cast<const uint4*>(given.norm_weight) + part * 4,
         static_cast<const uint4*>(given.norm_bias) + part * 4};
     uint32_t words[4][4];
-    float folded = 0.f, gain = 0.f, shift = 0.f;
+    float gain = 0.f, shift = 0.f;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const uint4 w = rows[0][q], of_gain = rows[1][q], of_shift = rows[2][q];
@@ -102,36 +69,47 @@ __device__ void share_weights(const HeadArguments& given, HeadShared<kWidth, kFe
                                     {of_shift.x, of_shift.y, of_shift.z, of_shift.w}};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
+        words[q][k] = pairs[0][k];
         const float low = bf16_low(pairs[0][k]), high = bf16_high(pairs[0][k]);
-        const float exact_low = low * bf16_low(pairs[1][k]);
-        const float exact_high = high * bf16_high(pairs[1][k]);
-        words[q][k] = bf16_pair(exact_low, exact_high);
-        folded += bf16_low(words[q][k]) + bf16_high(words[q][k]);
-        gain += exact_low + exact_high;
+        gain += low * bf16_low(pairs[1][k]) + high * bf16_high(pairs[1][k]);
         shift += low * bf16_low(pairs[2][k]) + high * bf16_high(pairs[2][k]);
       }
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       shared.weight[part * 2 + k / 2][feature / 8][k % 2][feature % 8] = {words[0][k], words[1][k],
-                                                                        words[2][k], words[3][k]};
-    parts[part][0][feature] = folded;
-    parts[part][1][feature] = gain;
-    parts[part][2][feature] = shift;
+                                                                          words[2][k], words[3][k]};
+    parts[part][0][feature] = gain;
+    parts[part][1][feature] = shift;
   }
+  for (int i = threadIdx.x; i < kWidth; i += kHeadThreads)
+    shared.norm_weight[i] = bf16_low(static_cast<const uint16_t*>(given.norm_weight)[i]);
   publish();
   __syncthreads();
-  if (threadIdx.x < 3 * kFeatures) {
+  if (threadIdx.x < 2 * kFeatures) {
     const int which = threadIdx.x / kFeatures, feature = threadIdx.x % kFeatures;
     float sum = 0.f;
 #pragma unroll 8
     for (int i = 0; i < kParts; ++i) sum += parts[i][which][feature];
-    if (which == 0) shared.folded[feature] = sum;
-    if (which == 1) shared.gain[feature] = sum;
-    if (which == 2)
+    if (which == 0) shared.gain[feature] = sum;
+    if (which == 1)
       shared.shift[feature] = sum + bf16_low(static_cast<const uint16_t*>(given.bias)[feature]);
   }
   __syncthreads();
+}
+
+// The mean of two tokens' first columns: a lane's, then the quad's.
+__device__ inline void first_means(const uint32_t (&x)[2][kHeadChunk / 32][4], float (&means)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kHeadChunk / 8; ++i)
+      sum += bf16_low(x[half][i / 4][i % 4]) + bf16_high(x[half][i / 4][i % 4]);
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    means[half] = sum * (1.f / kHeadChunk);
+  }
 }
 
 // As many blocks as multiprocessors: W is fetched once for each. Warpgroups take every so many
@@ -184,27 +162,47 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
   }
   share_weights(given, shared);
   const uint64_t first_matrix = plain_view(shared_address(shared.weight));
+  const float4* const first_gains = reinterpret_cast<const float4*>(shared.norm_weight) + 2 * q;
   float(*const features)[Shared::kPitch] = shared.features[of_block];
 
   float loss = 0.f;  // 26 terms at the upsampler's size: roundings cancel over 67,584 threads
   for (int tile = first_tile; tile < m.tiles; tile += warpgroups) {
     const bool more = tile + warpgroups < m.tiles;
     Accumulators<kTiles> sum = {};
-    MomentSums sums[2];
-    sums[0].begin(x[0][0][0][0]);
-    sums[1].begin(x[0][1][0][0]);
+    // Of values less m, which is within a deviation of the mean or two: their mean squared off the
+    // mean of their squares leaves all but a few of 24 bits.
+    float m_of[2], total[2] = {}, squares[2] = {};
+    first_means(x[0], m_of);
     uint64_t matrix = first_matrix;
+    const float4* gains = first_gains;
 #pragma unroll 1
     for (int left = kWidth / (kHeadChunk * kHeadChunks); left > 0; --left) {
 #pragma unroll
       for (int chunk = 0; chunk < kHeadChunks; ++chunk) {
         uint32_t a[kHeadSteps][4];
 #pragma unroll
-        for (int step = 0; step < kHeadSteps; ++step) {
+        for (int v = 0; v < kHeadChunk / 32; ++v) {
+          const float4 both[2] = {gains[8 * v], gains[8 * v + 1]};
+          const float gain[8] = {both[0].x, both[0].y, both[0].z, both[0].w,
+                                 both[1].x, both[1].y, both[1].z, both[1].w};
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            a[step][i] = x[chunk][i % 2][step / 2][step % 2 * 2 + i / 2];
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              const uint32_t pair = x[chunk][half][v][k];
+              const float low = bf16_low(pair) - m_of[half], high = bf16_high(pair) - m_of[half];
+              total[half] += low;
+              squares[half] = fmaf(low, low, squares[half]);
+              total[half] += high;
+              squares[half] = fmaf(high, high, squares[half]);
+              a[2 * v + k / 2][half + k % 2 * 2] =
+                  bf16_pair(low * gain[2 * k], high * gain[2 * k + 1]);
+            }
+          }
         }
+        gains += kHeadChunk / 4;
+        if (chunk == 0 && left == 1 && more) turn_to(tile + warpgroups);
+        if (left > 1 || more) fetch(x[chunk]);
         multiply_fence();
 #pragma unroll
         for (int step = 0; step < kHeadSteps; ++step) {
@@ -212,31 +210,22 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
           matrix = further(matrix, kStepBytes);
         }
         multiply_commit();
-        // Meanwhile the moments. The registers are free for another chunk when the product is done.
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int i = 0; i < kHeadChunk / 8; ++i) sums[half].add(x[chunk][half][i / 4][i % 4]);
-        }
         multiply_wait<0>();
-        if (chunk == 0 && left == 1 && more) turn_to(tile + warpgroups);
-        if (left > 1 || more) fetch(x[chunk]);
       }
     }
 
     // The moments of a token are the quad's.
-    float mean[2], rstd[2];
+    float off[2], rstd[2];  // off: the mean less m
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Moments part = sums[half].of(kWidth / 4);
 #pragma unroll
       for (int other = 1; other < 4; other *= 2) {
-        const Moments theirs{__shfl_xor_sync(~0u, part.mean, other),
-                             __shfl_xor_sync(~0u, part.squares, other)};
-        part = Moments::join(part, theirs, kWidth / 4 * other);
+        total[half] += __shfl_xor_sync(~0u, total[half], other);
+        squares[half] += __shfl_xor_sync(~0u, squares[half], other);
       }
-      mean[half] = part.mean;
-      rstd[half] = rsqrtf(part.squares * (1.f / kWidth) + given.eps);
+      off[half] = total[half] * (1.f / kWidth);
+      const float variance = squares[half] * (1.f / kWidth) - off[half] * off[half];
+      rstd[half] = rsqrtf((variance < 0.f ? 0.f : variance) + given.eps);  // fmaxf loses a NaN
     }
     settle<kTiles>(sum);
 #pragma unroll
@@ -247,10 +236,13 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
     __syncwarp();
     // Lanes n and n + 16 have token n.
     const int n = lane % kHeadTokens, from = n % 8 * 4;
-    const float means[2] = {__shfl_sync(~0u, mean[0], from), __shfl_sync(~0u, mean[1], from)};
-    const float rstds[2] = {__shfl_sync(~0u, rstd[0], from), __shfl_sync(~0u, rstd[1], from)};
-    const HeadToken token{(tile * 4 + warp) * kHeadTokens + n, n < 8 ? means[0] : means[1],
-                          n < 8 ? rstds[0] : rstds[1]};
+    const auto of_token = [&](const float(&of)[2]) {
+      const float low = __shfl_sync(~0u, of[0], from), high = __shfl_sync(~0u, of[1], from);
+      return n < 8 ? low : high;
+    };
+    const float left_over = of_token(off);
+    const HeadToken token{(tile * 4 + warp) * kHeadTokens + n, of_token(m_of) + left_over,
+                          of_token(rstd), left_over};
     loss += end_of<kEnd, kSaves, kWidth, kFeatures>(m, given, token, lane / kHeadTokens,
                                                     features[n], shared);
     __syncwarp();
