@@ -24,8 +24,8 @@ __device__ inline uint64_t matrix_view(uint32_t address) {
          static_cast<uint64_t>(8 * kMatrixRow >> 4) << 32 | 1ull << 62;
 }
 
-// The same without swizzle: blocks of 8 rows and 16 bytes, 128 bytes each, the second half of 16 of K
-// 128 bytes on, the next eight rows 256.
+// The same without swizzle: blocks of 8 rows of 16 bytes, the second half of 16 of K 128 bytes on,
+// the next eight rows 256.
 __device__ inline uint64_t plain_view(uint32_t address) {
   return static_cast<uint64_t>(address >> 4 & 0x3fff) | 8ull << 16 | 16ull << 32;
 }

@@ -76,7 +76,7 @@ struct HeadToken {
 };
 
 // What becomes of a token's F, and what of it is saved: lanes n and n + 16 of a warp have even and
-// odd rows of the patch. `product` is W (norm_weight (x - m)). Returns the loss of this lane's pixels.
+// odd rows of the patch. `product` is W (norm_weight (x - m)). Returns the loss of its pixels.
 template <HeadEnd kEnd, bool kSaves, int kWidth, int kFeatures, typename Shared>
 __device__ float end_of(const HeadMap& m, const HeadArguments& given, const HeadToken& token,
                         int first_row, const float* product, const Shared& shared) {
@@ -93,14 +93,13 @@ __device__ float end_of(const HeadMap& m, const HeadArguments& given, const Head
 
   float loss = 0.f;
   float2 sums{};  // c1 and c2 of the lane's rows
-  constexpr int kAtOnce = kEnd == HeadEnd::kLoss ? 1 : 2;  // more would spill
+  constexpr int kAtOnce = kEnd == HeadEnd::kLoss ? 1 : 2;  // the noise has work enough for one
 #pragma unroll kAtOnce
   for (int row = first_row; row < kFeatures / kHeadPatch; row += 2) {
     const bool has = place.has(row);
     if (!kSaves && !has) continue;
     const auto of_row = [&](const float* of) { return four(of, row * kHeadPatch); };
-    const float4 centred =
-        token.rstd * (of_row(product) + -token.left * of_row(shared.gain));
+    const float4 centred = token.rstd * (of_row(product) + -token.left * of_row(shared.gain));
     const float4 F = centred + of_row(shared.shift);
     float4 saved = F;
     if constexpr (kEnd == HeadEnd::kLoss) saved = {};

@@ -6,10 +6,11 @@
 //
 //   F = rstd (W (norm_weight (x - m)) - (mean - m) W norm_weight) + W norm_bias + bias.
 //
-// m is the mean of the token's first 64 columns, so that x - m is as small as LayerNorm's output
-// and is rounded as that would be, however large the mean.
+// m is the mean of the token's first 64 columns. That is a tenth of a deviation from the mean, if
+// columns are alike, and at most sqrt(D / 64 - 1), 3.9, whatever they are. So x - m is as small as
+// LayerNorm's output and is rounded as that would be, however large the mean.
 //
-// A warpgroup has 64 tokens, a warp 16 of them, and goes over their columns 32 at a time: seven such
+// A warpgroup has 64 tokens, a warp 16 of them, and goes over their columns 64 at a time: two such
 // chunks are under way while one is multiplied. Warps share W and nothing else.
 //
 // The order of K in a product is free: it is chosen so that the 16 bytes a lane loads are what it
@@ -22,8 +23,8 @@
 
 namespace snapkernels {
 
-constexpr int kHeadChunk = 64;   // columns
-constexpr int kHeadChunks = 2;   // on their way to registers: 128 KB of all warps
+constexpr int kHeadChunk = 64;  // columns
+constexpr int kHeadChunks = 2;  // on their way to registers: 64 KB of all warps
 constexpr int kHeadSteps = kHeadChunk / 16;
 
 // Shared memory of a block.
@@ -138,8 +139,7 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
   const auto turn_to = [&](int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token =
-          min((tile * 4 + warp) * kHeadTokens + half * 8 + r, m.tokens - 1);
+      const int token = min((tile * 4 + warp) * kHeadTokens + half * 8 + r, m.tokens - 1);
       source[half] = static_cast<const uint4*>(given.tokens) +
                      static_cast<int64_t>(token) * (kWidth / 8) + q;
     }
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
   for (int tile = first_tile; tile < m.tiles; tile += warpgroups) {
     const bool more = tile + warpgroups < m.tiles;
     Accumulators<kTiles> sum = {};
-    // Of values less m, which is within a deviation of the mean or two: their mean squared off the
-    // mean of their squares leaves all but a few of 24 bits.
+    // Of values less m: to take their mean's square off that of their squares costs 4 bits of 24 at
+    // most.
     float m_of[2], total[2] = {}, squares[2] = {};
     first_means(x[0], m_of);
     uint64_t matrix = first_matrix;
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
           matrix = further(matrix, kStepBytes);
         }
         multiply_commit();
-        multiply_wait<0>();
+        multiply_wait<0>();  // other warps calculate meanwhile
       }
     }
 

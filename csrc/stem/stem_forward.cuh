@@ -49,12 +49,12 @@ struct StemMap {
 // For 64 columns, W as [kSteps][8 times 8 columns][K half][column], then the step that centres as
 // [8 times 8 columns][column], with bias, 1, 1, 1 and zeros for K. After all columns, the mean of W
 // as [kSteps][K half][column]: three columns that add up to it, and zeros. Then, for 32 columns,
-// norm_weight and norm_bias in float32, as [2][8 columns / 4][q].
+// norm_weight and norm_bias as [2][q], in bfloat16: in float32 they would be half of what is read.
 template <int kSteps>
 constexpr int kStemMatrices = (2 * kSteps + 1) * kStemColumns;  // vectors of 64 columns
 
 constexpr int kStemMeans = 16;       // vectors of a step
-constexpr int kStemParameters = 32;  // vectors of 64 columns
+constexpr int kStemParameters = 16;  // vectors of 64 columns
 
 template <int kSteps>
 int stem_shared_bytes(int width) {
@@ -76,10 +76,10 @@ __device__ inline uint32_t& word(uint4& vector, int i) {
   return reinterpret_cast<uint32_t*>(&vector)[i];
 }
 
-__device__ inline float4 load_shared(uint32_t address) {
-  float4 loaded;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(loaded.x), "=f"(loaded.y), "=f"(loaded.z), "=f"(loaded.w)
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 loaded;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
                : "r"(address));
   return loaded;
 }
@@ -332,8 +332,8 @@ __device__ void share_weights(const StemArguments& given, int width, int thread,
     target[0] = {top.x, top.z, bottom.x, bottom.z};
     target[8] = {top.y, top.w, bottom.y, bottom.w};
   }
-  float4* const parameters = reinterpret_cast<float4*>(
-      matrices + width / kStemColumns * kStemMatrices<kSteps> + kSteps * kStemMeans);
+  uint4* const parameters =
+      matrices + width / kStemColumns * kStemMatrices<kSteps> + kSteps * kStemMeans;
   for (int i = thread; i < width / 8; i += threads) {
     const int of_q = i % 4, v = i / 4;
     uint4 bias = static_cast<const uint4*>(given.bias)[i];
@@ -345,15 +345,8 @@ __device__ void share_weights(const StemArguments& given, int width, int thread,
       centre[pair * 8] = {word(bias, pair) & 0xffff | ones << 16, ones, 0, 0};
       centre[pair * 8 + 1] = {word(bias, pair) >> 16 | ones << 16, ones, 0, 0};
     }
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      uint4 x = static_cast<const uint4*>(which ? given.norm_bias : given.norm_weight)[i];
-#pragma unroll
-      for (int part = 0; part < 2; ++part)
-        parameters[v * 16 + (which * 2 + part) * 4 + of_q] = {
-            bf16_low(word(x, part * 2)), bf16_high(word(x, part * 2)),
-            bf16_low(word(x, part * 2 + 1)), bf16_high(word(x, part * 2 + 1))};
-    }
+    parameters[v * 8 + of_q] = static_cast<const uint4*>(given.norm_weight)[i];
+    parameters[v * 8 + 4 + of_q] = static_cast<const uint4*>(given.norm_bias)[i];
   }
 }
 
@@ -513,12 +506,8 @@ __global__ void __launch_bounds__(kStemWarpgroups<kAlike> * 128, 1)
         if (chunk + 1 < chunks) positions[half] += kStemColumns / 8;  // or the last once more
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        float4 weights[2], biases[2];
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          weights[part] = load_shared(parameters + v * 256 + part * 64);
-          biases[part] = load_shared(parameters + v * 256 + 128 + part * 64);
-        }
+        uint4 weights = load_shared(parameters + v * 128);
+        uint4 biases = load_shared(parameters + v * 128 + 64);
         if (v == 0) finish(sum);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -526,13 +515,12 @@ __global__ void __launch_bounds__(kStemWarpgroups<kAlike> * 128, 1)
 #pragma unroll
           for (int p = 0; p < 4; ++p) {
             const float* const x = &sum[v * 4 + p][half * 2];
-            const float4 &weight = weights[p / 2], &bias = biases[p / 2];
             const uint32_t added_pair = word(added[half % kPositions][v], p);
-            const bool second = p % 2;
-            const float low = fmaf(x[0] * rstd[half], second ? weight.z : weight.x,
-                                   (second ? bias.z : bias.x) + bf16_low(added_pair));
-            const float high = fmaf(x[1] * rstd[half], second ? weight.w : weight.y,
-                                    (second ? bias.w : bias.y) + bf16_high(added_pair));
+            const uint32_t weight = word(weights, p), bias = word(biases, p);
+            const float low = fmaf(x[0] * rstd[half], bf16_low(weight),
+                                   bf16_low(bias) + bf16_low(added_pair));
+            const float high = fmaf(x[1] * rstd[half], bf16_high(weight),
+                                    bf16_high(bias) + bf16_high(added_pair));
             word(made, p) = bf16_pair(low, high);
           }
           if (position[half] < m.positions) store_past(targets[half] + v * 4, made);

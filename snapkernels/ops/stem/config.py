@@ -72,7 +72,7 @@ def cuda_refuses(
     width, features = w[0].shape
     if width % CUDA_COLUMNS:
         return f"a token is {width} wide, not a multiple of {CUDA_COLUMNS}"
-    held = width * (2 * features + 24) + 16 * features
+    held = width * (2 * features + 20) + 16 * features
     if held > CUDA_SHARED_BYTES:
         return f"the weights have {held} bytes, more than the {CUDA_SHARED_BYTES} of shared memory"
     pixels = {"video": video, "scale": scale}
