@@ -201,12 +201,12 @@ STEM = Spec(
             replace="const bool inside = true;",
         ),
         Mutant(
-            name="a position's tokens counted as its neighbour's, compiled",
+            name="a position's tokens counted as another's, compiled",
             backend="cuda",
             backward=True,
             file="stem/stem_features.cuh",
             find="slot == 2 * (row - 1) + i ? 1.f : 0.f",
-            replace="slot == 2 * (row - 1) ? 1.f : 0.f",
+            replace="slot == 2 * row + i ? 1.f : 0.f",
         ),
         Mutant(
             name="half of a token's columns counted twice, compiled",
