@@ -1,4 +1,4 @@
-// Two bfloat16 in a word, the first in its low half.
+// Two bfloat16 in a word, the first in its low half; and 2^x, to two units in the last place.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,12 @@ __device__ inline uint32_t bf16_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+__device__ inline float exp2_fast(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 }  // namespace snapkernels

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "group_attn/group_attn.h"
 #include "head/head.h"
 #include "head/head_backward.h"
 #include "noise/forward_process.h"
@@ -404,6 +405,76 @@ void stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale,
   check_launch(op, snapkernels::stem_backward(given, at, current_stream(grad)));
 }
 
+// What both kernels over groups have in common, checked.
+snapkernels::GroupArguments group_arguments(const char* op, const Tensor& patches,
+                                            const Tensor& absorbed, const Tensor& absorbed_sum,
+                                            double eps) {
+  using torch::headeronly::ScalarType;
+  constexpr int64_t kColumns = snapkernels::kGroupColumns;
+  STD_TORCH_CHECK(patches.dim() == 3, op, ": ranks");
+  const int64_t groups = patches.size(0), tokens = patches.size(1), width = patches.size(2);
+  STD_TORCH_CHECK(width % snapkernels::kGroupWidths == 0 && tokens > 0 &&
+                      tokens < INT32_MAX - 256 && groups * kColumns < INT32_MAX,
+                  op, ": sizes");
+  snapkernels::GroupArguments of{};
+  of.patches = head_data<void>(op, "patches", patches, ScalarType::BFloat16,
+                               groups * tokens * width, patches);
+  of.absorbed = head_data<void>(op, "absorbed", absorbed, ScalarType::BFloat16,
+                                groups * kColumns * width, patches);
+  of.absorbed_sum = head_data<float>(op, "absorbed_sum", absorbed_sum, ScalarType::Float,
+                                     groups * kColumns, patches);
+  of.groups = static_cast<int>(groups);
+  of.tokens = static_cast<int>(tokens);
+  of.width = static_cast<int>(width);
+  of.eps = static_cast<float>(eps);
+  return of;
+}
+
+void group_write(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor score_bias,
+                 Tensor values, Tensor bias, Tensor out, double eps) {
+  using torch::headeronly::ScalarType;
+  if (patches.numel() == 0) return;
+  constexpr const char* op = "group_write";
+  snapkernels::GroupWriteArguments given{
+      group_arguments(op, patches, absorbed, absorbed_sum, eps)};
+  const int64_t width = given.of.width, columns = absorbed_sum.numel();
+  given.score_bias =
+      head_data<float>(op, "score_bias", score_bias, ScalarType::Float, columns, patches);
+  given.values =
+      head_data<void>(op, "values", values, ScalarType::BFloat16, columns * width, patches);
+  given.bias = head_data<void>(op, "bias", bias, ScalarType::BFloat16, width, patches);
+  given.out = head_data<void>(op, "out", out, ScalarType::BFloat16, patches.numel(), patches);
+  const torch::stable::accelerator::DeviceGuard guard(patches.get_device_index());
+  check_launch(op, snapkernels::group_write(given, current_stream(patches)));
+}
+
+void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor norm_weight,
+                Tensor norm_bias, Tensor weights, Tensor most, Tensor sums, Tensor means,
+                Tensor context, double eps) {
+  using torch::headeronly::ScalarType;
+  if (patches.numel() == 0) return;
+  constexpr const char* op = "group_read";
+  snapkernels::GroupReadArguments given{group_arguments(op, patches, absorbed, absorbed_sum, eps)};
+  const int64_t width = given.of.width, columns = absorbed_sum.numel();
+  const auto bfloat16 = [&](const char* name, const Tensor& tensor, int64_t numel) {
+    return head_data<void>(op, name, tensor, ScalarType::BFloat16, numel, patches);
+  };
+  given.norm_weight = bfloat16("norm_weight", norm_weight, width);
+  given.norm_bias = bfloat16("norm_bias", norm_bias, width);
+  given.weights = bfloat16("weights", weights, columns * given.of.tokens);
+  given.context = bfloat16("context", context, columns * width);
+  STD_TORCH_CHECK(given.of.tokens % snapkernels::kGroupBlock == 0, op, ": tokens");
+  const int64_t blocks = given.of.tokens / snapkernels::kGroupBlock;
+  const auto scratch = [&](const char* name, const Tensor& tensor) {
+    return head_data<float>(op, name, tensor, ScalarType::Float, columns * blocks, patches);
+  };
+  given.most = scratch("most", most);
+  given.sums = scratch("sums", sums);
+  given.means = scratch("means", means);
+  const torch::stable::accelerator::DeviceGuard guard(patches.get_device_index());
+  check_launch(op, snapkernels::group_read(given, current_stream(patches)));
+}
+
 // The hash of csrc/ that setup.py compiled, so that a stale library is noticed.
 int64_t sources() { return SNAPKERNELS_SOURCES; }
 
@@ -442,6 +513,13 @@ STABLE_TORCH_LIBRARY(snapkernels_cuda, m) {
       " Tensor(c!) d_norm_weight, Tensor(d!) d_norm_bias, Tensor(e!) d_positions,"
       " Tensor(f!) features, Tensor(g!) products, Tensor(h!) coefficients, Tensor(i!) moments,"
       " Tensor(j!) means, Tensor(k!) sums, int[] group) -> ()");
+  m.def(
+      "group_write(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor score_bias,"
+      " Tensor values, Tensor bias, Tensor(a!) out, float eps) -> ()");
+  m.def(
+      "group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor norm_weight,"
+      " Tensor norm_bias, Tensor(a!) weights, Tensor(b!) most, Tensor(c!) sums,"
+      " Tensor(d!) means, Tensor(e!) context, float eps) -> ()");
   m.def("sources() -> int");
 }
 
@@ -455,6 +533,8 @@ STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CUDA, m) {
   m.impl("forward_process", TORCH_BOX(&forward_process));
   m.impl("stem", TORCH_BOX(&stem));
   m.impl("stem_backward", TORCH_BOX(&stem_backward));
+  m.impl("group_write", TORCH_BOX(&group_write));
+  m.impl("group_read", TORCH_BOX(&group_read));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CompositeExplicitAutograd, m) {

@@ -1,0 +1,106 @@
+// Copies of boxes of a tensor into the matrices of wgmma.cuh, by one thread, and what the blocks of
+// a cluster need to share them.
+#pragma once
+
+#include <cuda.h>
+
+#include "wgmma.cuh"
+
+namespace snapkernels {
+
+// The box at (column, row, matrix) of `map`; what of it is outside is zeros, and counts as come.
+__device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
+                                int matrix, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier)
+      : "memory");
+}
+
+// The same of a map of 32 tokens in `order` (tensor_map.h).
+__device__ inline void copy_box_in_order(int blocks, uint32_t to, const CUtensorMap* map,
+                                         int column, int thirty_twos, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, 0, 0, 0, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(thirty_twos), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
+// The same into every block of the cluster that `blocks` has a bit of, each counting it by its own
+// barrier: `to` and `barrier` are offsets that all of them share.
+__device__ inline void copy_box_to(int blocks, uint32_t to, const CUtensorMap* map, int column,
+                                   int row, int matrix, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier),
+      "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// threadIdx.x, read where it is called: what follows from it takes no registers before.
+__device__ inline uint32_t thread_again() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+__device__ inline int rank_in_cluster() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Arrives at the barrier at this offset of block `rank` of the cluster, which may be one's own.
+__device__ inline void phase_arrive_at(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// Of all threads of all blocks of the cluster.
+__device__ inline void cluster_wait() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+
+// A ring of places in shared memory with two barriers each: full, and free again.
+template <int kPlaces, int kBytes>
+struct Ring {
+  uint32_t places, barriers;
+  int at = 0, parity = 0;
+
+  __device__ uint32_t place() const { return places + at * kBytes; }
+  __device__ uint32_t full() const { return barriers + 16 * at; }
+  __device__ uint32_t free() const { return full() + 8; }
+  __device__ void wait_full() const { phase_wait(full(), parity); }
+  __device__ void wait_free() const { phase_wait(free(), parity ^ 1); }
+  __device__ void next() {
+    if (++at == kPlaces) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+  // By one thread, before any use: how many arrivals fill a place, and how many free it.
+  __device__ void begin(int fills, int frees) const {
+    for (int place = 0; place < kPlaces; ++place) {
+      phase_begin(barriers + 16 * place, fills);
+      phase_begin(barriers + 16 * place + 8, frees);
+    }
+  }
+};
+
+}  // namespace snapkernels

@@ -1,0 +1,56 @@
+// What copy_box (tensor_copy.cuh) reads boxes of: made on the host, for one launch.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace snapkernels {
+
+// Of a bfloat16 tensor of `rank` dimensions, the first of them contiguous and 64 of it in a box;
+// `strides` are in bytes, of all others. The driver's function is found when first needed: a
+// machine without one loads the library all the same.
+inline cudaError_t encode_tensor_map(CUtensorMap* map, const void* data, int rank,
+                                     const cuuint64_t* sizes, const cuuint64_t* strides,
+                                     const cuuint32_t* box) {
+  static void* found = nullptr;
+  if (!found) {
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess) return error;
+    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  }
+  const cuuint32_t every[] = {1, 1, 1, 1, 1};
+  const CUresult made = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), sizes, strides, box,
+      every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Of a contiguous tensor (matrices, rows, columns), in boxes of `box_rows` rows of 64 columns that
+// come to lie as wgmma.cuh has matrices.
+inline cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t matrices,
+                                   int64_t rows, int64_t columns, int box_rows) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                              static_cast<cuuint64_t>(matrices)};
+  const cuuint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1]};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1};
+  return encode_tensor_map(map, data, 3, sizes, strides, box);
+}
+
+// Of contiguous rows in 32s, of which those of accumulators come to be together: row 8 b + 2 q + e
+// of 32 as row 8 q + 2 b + e of a box of 64.
+inline cudaError_t make_tensor_map_in_order(CUtensorMap* map, const void* data, int64_t rows,
+                                            int64_t columns) {
+  const cuuint64_t row = 2 * columns;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), 2, 4, 4,
+                              static_cast<cuuint64_t>(rows / 32)};
+  const cuuint64_t strides[] = {row, 8 * row, 2 * row, 32 * row};
+  const cuuint32_t box[] = {64, 2, 4, 4, 2};
+  return encode_tensor_map(map, data, 5, sizes, strides, box);
+}
+
+}  // namespace snapkernels
