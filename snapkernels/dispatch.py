@@ -13,10 +13,10 @@ from snapkernels.spec import Backend, Spec
 
 
 def choose(spec: Spec, backend: str | None, values: tuple[Any, ...]) -> Backend:
-    """The backend called `backend`, or, for None, the first that takes `values`.
+    """The backend called `backend`, or, for None, the first that takes `values` and would.
 
-    `values` are the call's inputs, then its options. A named backend never falls back; one named in
-    SNAPKERNELS_BACKEND is named.
+    `values` are the call's inputs, then its options. A named backend never falls back, and is not
+    asked whether it pays; one named in SNAPKERNELS_BACKEND is named.
 
     Raises:
         ValueError: there is no such backend, or it cannot run this call; the message says why.
@@ -27,14 +27,14 @@ def choose(spec: Spec, backend: str | None, values: tuple[Any, ...]) -> Backend:
         if reason := chosen.refuses(*values):
             raise ValueError(f"{spec.name}: backend={name!r} cannot run this call: {reason}")
         return chosen
-    for candidate in spec.backends:
-        if candidate.refuses(*values) is None and not _interpreted(candidate):
+    for candidate in candidates(spec, values):
+        if candidate.declines(*values) is None:
             return candidate
-    raise AssertionError(f"{spec.name}: the reference refuses nothing")
+    raise AssertionError(f"{spec.name}: the reference refuses and declines nothing")
 
 
 def candidates(spec: Spec, values: tuple[Any, ...]) -> Iterator[Backend]:
-    """The backends that take `values`, best first; the last is the reference.
+    """The backends that take `values`, those that decline them too, in the spec's order.
 
     Interpreted kernels are left out: they are there to be proved, and too slow for anything else.
     """
@@ -84,11 +84,14 @@ def explain(spec: Spec, *values: Any) -> str:
     chosen = choose(spec, None, values).name
     preferred = env.BACKENDS.get(spec.name)
     for backend in spec.backends:
-        reason = backend.refuses(*values)
         if backend.name == chosen:
             verdict = "runs" + " (SNAPKERNELS_BACKEND)" * (preferred == chosen)
+        elif reason := backend.refuses(*values):
+            verdict = f"cannot: {reason}"
+        elif reason := backend.declines(*values):
+            verdict = f"can, but declines: {reason}"
         else:
-            verdict = f"cannot: {reason}" if reason else f"can, but {chosen} is preferred"
+            verdict = f"can, but {chosen} is preferred"
         lines.append(f"  {backend.name:<10} {verdict}")
     return "\n".join(lines)
 

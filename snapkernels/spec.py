@@ -103,6 +103,8 @@ class Backend:
             was saved, then the inputs and options: the gradients of every differentiable tensor
             of the inputs, None where one is not needed. Without it PyTorch differentiates `run`.
         refuses: with the same arguments as `run`, why it cannot run them, or None.
+        declines: likewise, why it does not pay to run them although it can, or None. Who names it
+            gets it all the same.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Backend:
     saving: Callable[..., Any] | str | None = None
     backward: Callable[..., Any] | str | None = None
     refuses: Callable[..., str | None] = lambda *_: None
+    declines: Callable[..., str | None] = lambda *_: None
 
 
 @dataclass(frozen=True, kw_only=True)

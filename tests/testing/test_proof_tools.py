@@ -98,6 +98,20 @@ def test_a_named_backend_never_falls_back(monkeypatch):
         choose(PATCHIFY, None, call)
 
 
+def test_a_backend_that_declines_runs_where_it_is_named_only(monkeypatch):
+    call = make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu")
+    first, *rest = (one for one in PATCHIFY.backends if one.name not in ("cuda", "triton"))
+    declining = replace(first, declines=lambda *values: f"{len(values)} values are too few")
+    spec = replace(PATCHIFY, backends=(declining, *rest))
+    assert choose(spec, None, call).name == rest[0].name
+    assert choose(spec, first.name, call) is declining
+    assert [one.name for one in dispatch.candidates(spec, call)][0] == first.name
+    assert f"{first.name:<10} can, but declines: 3 values are too few" in explain(spec, *call)
+    monkeypatch.setitem(env.BACKENDS, "patchify", first.name)
+    assert choose(spec, None, call) is declining
+    assert f"{first.name:<10} runs (SNAPKERNELS_BACKEND)" in explain(spec, *call)
+
+
 def test_explain_has_every_backend_its_reason_and_the_sizes(monkeypatch):
     monkeypatch.setattr(env, "INTERPRET", False)
     text = explain(PATCHIFY, *make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu"))
