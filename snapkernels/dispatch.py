@@ -12,25 +12,47 @@ from snapkernels import env
 from snapkernels.spec import Backend, Spec
 
 
-def choose(spec: Spec, backend: str | None, values: tuple[Any, ...]) -> Backend:
+def choose(
+    spec: Spec, backend: str | None, values: tuple[Any, ...], *, tracked: bool = False
+) -> Backend:
     """The backend called `backend`, or, for None, the first that takes `values` and would.
 
     `values` are the call's inputs, then its options. A named backend never falls back, and is not
-    asked whether it pays; one named in SNAPKERNELS_BACKEND is named.
+    asked whether it pays; one named in SNAPKERNELS_BACKEND is named. A call that is `tracked` is to
+    be differentiated.
 
     Raises:
         ValueError: there is no such backend, or it cannot run this call; the message says why.
+        NotImplementedError: the one named has no backward, and the call is tracked.
     """
     name = backend if backend is not None else env.BACKENDS.get(spec.name)
     if name is not None:
         chosen = spec.backend(name)
         if reason := chosen.refuses(*values):
             raise ValueError(f"{spec.name}: backend={name!r} cannot run this call: {reason}")
+        if tracked:
+            require_backward(spec, chosen)
         return chosen
-    for candidate in candidates(spec, values):
-        if candidate.declines(*values) is None:
+    for candidate in spec.backends:
+        if tracked and not candidate.differentiable:
+            continue
+        takes = candidate.refuses(*values) is None and not _interpreted(candidate)
+        if takes and candidate.declines(*values) is None:
             return candidate
     raise AssertionError(f"{spec.name}: the reference refuses and declines nothing")
+
+
+def require_backward(spec: Spec, backend: Backend) -> None:
+    """Refuse to have what `backend` computes differentiated, if it has no backward.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    if not backend.differentiable:
+        raise NotImplementedError(
+            f"{spec.name}: backend={backend.name!r} has no backward yet: name another one, or "
+            "none, where a gradient is wanted, or call it under torch.no_grad()"
+        )
 
 
 def candidates(spec: Spec, values: tuple[Any, ...]) -> Iterator[Backend]:
@@ -83,6 +105,7 @@ def explain(spec: Spec, *values: Any) -> str:
     ]
     chosen = choose(spec, None, values).name
     preferred = env.BACKENDS.get(spec.name)
+    trains = None if preferred else choose(spec, None, values, tracked=True).name
     for backend in spec.backends:
         if backend.name == chosen:
             verdict = "runs" + " (SNAPKERNELS_BACKEND)" * (preferred == chosen)
@@ -92,6 +115,10 @@ def explain(spec: Spec, *values: Any) -> str:
             verdict = f"can, but declines: {reason}"
         else:
             verdict = f"can, but {chosen} is preferred"
+        if not backend.differentiable:
+            verdict += "; has no backward yet"
+        elif backend.name == trains != chosen:
+            verdict += "; runs what is to be differentiated"
         lines.append(f"  {backend.name:<10} {verdict}")
     return "\n".join(lines)
 

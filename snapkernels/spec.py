@@ -102,6 +102,8 @@ class Backend:
         backward: likewise, called with what gradients are needed, the output's gradient and what
             was saved, then the inputs and options: the gradients of every differentiable tensor
             of the inputs, None where one is not needed. Without it PyTorch differentiates `run`.
+        differentiable: False for a forward that has no backward yet, by itself or by PyTorch: what
+            is to be differentiated runs another backend.
         refuses: with the same arguments as `run`, why it cannot run them, or None.
         declines: likewise, why it does not pay to run them although it can, or None. Who names it
             gets it all the same.
@@ -111,6 +113,7 @@ class Backend:
     run: Callable[..., Any] | str
     saving: Callable[..., Any] | str | None = None
     backward: Callable[..., Any] | str | None = None
+    differentiable: bool = True
     refuses: Callable[..., str | None] = lambda *_: None
     declines: Callable[..., str | None] = lambda *_: None
 

@@ -7,7 +7,7 @@ import torch
 
 from snapkernels import dispatch, env, extension
 from snapkernels.dispatch import choose, explain
-from snapkernels.registry import OPS, op
+from snapkernels.registry import OPS, Op, op
 from snapkernels.spec import Mutant
 from snapkernels.testing import aot, bench, cost, proofs
 from snapkernels.testing.cases import all_ids, find, make_values
@@ -105,7 +105,7 @@ def test_a_backend_that_declines_runs_where_it_is_named_only(monkeypatch):
     spec = replace(PATCHIFY, backends=(declining, *rest))
     assert choose(spec, None, call).name == rest[0].name
     assert choose(spec, first.name, call) is declining
-    assert [one.name for one in dispatch.candidates(spec, call)][0] == first.name
+    assert next(dispatch.candidates(spec, call)).name == first.name
     assert f"{first.name:<10} can, but declines: 3 values are too few" in explain(spec, *call)
     monkeypatch.setitem(env.BACKENDS, "patchify", first.name)
     assert choose(spec, None, call) is declining
@@ -158,6 +158,17 @@ def test_a_spec_holds_its_kernels_to_its_registers():
     proofs.machine_code(PATCHIFY, case, torch.bfloat16, "sm_90")
     with pytest.raises(AssertionError, match=r"patchify_kernel has \d+ registers, more than 17"):
         proofs.machine_code(few, case, torch.bfloat16, "sm_90")
+
+
+def test_what_has_no_backward_has_no_gradients_to_prove_or_time():
+    forward_only = replace(PATCHIFY.backend("eager"), differentiable=False)
+    found = proofs._of_a_case(OPS["patchify"], CASES["odd"], forward_only, torch.float32)
+    assert [proof.id for proof in found] == ["op/patchify/odd/fwd eager fp32"]
+    spec = replace(PATCHIFY, backends=(forward_only, PATCHIFY.backend("reference")))
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    op = Op(spec, OPS["patchify"].function)
+    rows = bench.bench(op, CASES["tail"], "bwd", torch.float32, CPU, ceilings, rounds=2)
+    assert [row["variant"] for row in rows] == ["copy-fp32"]
 
 
 def test_bench_rows_are_gated_and_in_form():
