@@ -37,7 +37,8 @@ def cross_attention(
     context_BGQI = context.transpose(1, 2).flatten(2).unflatten(0, q_tokens.shape[:2])
     if readable is not None:
         context_BGQI = context_BGQI * readable[..., None]
-    return q_tokens + linear(context_BGQI, w.o_weight, w.o_bias)
+    # In this order the sum is contiguous whatever the strides of q_tokens.
+    return linear(context_BGQI, w.o_weight, w.o_bias) + q_tokens
 
 
 def group_write(

@@ -6,7 +6,7 @@ group, C their width, I inner width (heads times head dimension).
 
 import torch
 
-from snapkernels.dispatch import choose, implementation
+from snapkernels.library import define
 from snapkernels.ops.group_attn.spec import GROUP_READ, GROUP_WRITE
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 from snapkernels.registry import public
@@ -39,15 +39,13 @@ def group_read(
         backend: "eager" (default) or "reference".
 
     Returns:
-        (B, G, L, D), the latents with the branch added.
+        (B, G, L, D), the latents with the branch added, contiguous.
 
     Raises:
         ValueError: shapes, dtypes or devices that disagree, num_heads that does not divide I, or
             an unknown backend.
     """
-    values = (latents, patches, weights, mask, num_heads, eps)
-    GROUP_READ.check(*values)
-    return implementation(choose(GROUP_READ, backend, values))(*values)
+    return _group_read(latents, patches, weights, mask, num_heads, eps, backend)
 
 
 @public(GROUP_WRITE)
@@ -71,11 +69,13 @@ def group_write(
         weights, num_heads, eps, backend: as in `group_read`.
 
     Returns:
-        (B, G, N, D), the patches with the branch added.
+        (B, G, N, D), the patches with the branch added, contiguous.
 
     Raises:
         ValueError: as in `group_read`.
     """
-    values = (patches, latents, weights, num_heads, eps)
-    GROUP_WRITE.check(*values)
-    return implementation(choose(GROUP_WRITE, backend, values))(*values)
+    return _group_write(patches, latents, weights, num_heads, eps, backend)
+
+
+_group_read = define(GROUP_READ)
+_group_write = define(GROUP_WRITE)

@@ -187,8 +187,8 @@ GROUP_WRITE = Spec(
         Mutant(
             name="residual left out",
             backend="eager",
-            find="return q_tokens + linear(",
-            replace="return linear(",
+            find="w.o_bias) + q_tokens",
+            replace="w.o_bias)",
         ),
     ),
     probe=Probe(tokens="latents", zeros=("patches", *_ZEROS)),
