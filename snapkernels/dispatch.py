@@ -103,6 +103,8 @@ def explain(spec: Spec, *values: Any) -> str:
         f"{spec.name}: {spec.math}",
         "  " + ", ".join(f"{name} = {size}" for name, size in sizes.items()),
     ]
+    work = [f"{name} {flops(sizes) / 1e9:.3g} GFLOP" for name, flops in spec.algorithms.items()]
+    lines += [f"  {', '.join(work)}"] * bool(work)
     chosen = choose(spec, None, values).name
     preferred = env.BACKENDS.get(spec.name)
     trains = None if preferred else choose(spec, None, values, tracked=True).name

@@ -187,6 +187,7 @@ class Spec:
         cases, mutants: what it is proved with.
         probe: of an op that reads tokens by a softmax, with a residual.
         flops: of a forward call, from its sizes.
+        algorithms: {name: its FLOPs, likewise} where there are several that are exact.
         exact: a result is right only if it is the reference's, bit for bit.
         residual: the input that the op adds its branch to; errors are measured on the branch.
         moves: its time is that of moving its bytes, so a copy of them is timed beside it.
@@ -211,6 +212,7 @@ class Spec:
     mutants: tuple[Mutant, ...] = ()
     probe: Probe | None = None
     flops: Callable[[Sizes], int] = lambda sizes: 0
+    algorithms: Mapping[str, Callable[[Sizes], int]] = field(default_factory=dict)
     exact: bool = False
     residual: str | None = None
     moves: bool = False

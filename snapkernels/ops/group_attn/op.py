@@ -36,14 +36,15 @@ def group_read(
         mask: (B, G, N) bool, True where a patch may be read. A latent whose group has none gets
             zero attention, so its branch is o's bias.
         eps: of both LayerNorms.
-        backend: "eager" (default) or "reference".
+        backend: "projected", "eager" or "reference"; None takes the first that can run this call
+            and expects to be fastest.
 
     Returns:
         (B, G, L, D), the latents with the branch added, contiguous.
 
     Raises:
         ValueError: shapes, dtypes or devices that disagree, num_heads that does not divide I, or
-            an unknown backend.
+            an unknown backend, or one that cannot run this call.
     """
     return _group_read(latents, patches, weights, mask, num_heads, eps, backend)
 
