@@ -192,6 +192,8 @@ class Spec:
         residual: the input that the op adds its branch to; errors are measured on the branch.
         moves: its time is that of moving its bytes, so a copy of them is timed beside it.
         compiled_beside: torch.compile of the eager backend is timed beside it.
+        peers: {name: what others offer, a function as `Backend.run` is} that are timed beside the
+            forward on a GPU and never chosen; one that raises keeps its reason.
         backward_reads: the inputs that the backward pass has to read.
         sass: {GPU architecture: instructions that every Triton kernel has there}.
         most_registers: of a thread of its Triton kernels; 255 is all that there are.
@@ -217,6 +219,7 @@ class Spec:
     residual: str | None = None
     moves: bool = False
     compiled_beside: bool = False
+    peers: Mapping[str, Callable[..., torch.Tensor] | str] = field(default_factory=dict)
     backward_reads: tuple[str, ...] = ()
     sass: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     most_registers: int = 255

@@ -197,6 +197,32 @@ def test_a_wrong_backend_is_not_timed(monkeypatch):
     assert all("value" not in row for row in rows[:2])
 
 
+def test_what_is_timed_beside_is_gated_and_what_cannot_be_timed_keeps_its_reason(monkeypatch):
+    eager, shifted = PATCHIFY.backend("eager").run, lambda *values: eager(*values) + 1
+    peers = {"good": eager, "wrong": shifted, "gone": "no.such.module:function"}
+    op = Op(replace(PATCHIFY, peers=peers), OPS["patchify"].function)
+    sets = [make_values(PATCHIFY, CASES["tail"], torch.float32, "cpu")]
+    found = list(bench.beside(op, CASES["tail"], torch.float32, sets))
+    assert [variant.gate for variant in found] == [
+        "ok",
+        "WrongError: not the reference, bit for bit",
+        "ModuleNotFoundError: No module named 'no'",
+    ]
+    assert all(variant.peer for variant in found)
+
+    def once_more():
+        assert len(calls) < 1, "not again\nand pages of why"
+        calls.append(0)
+
+    calls, good = [0], found[0]
+    broken = bench.Variant("broken", [once_more], "ok", peer=True)
+    monkeypatch.setattr(bench, "_variants", lambda *_: iter([good, broken]))
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    rows = bench.bench(op, CASES["tail"], "fwd", torch.float32, CPU, ceilings, rounds=2)
+    assert [row["gate"] for row in rows] == ["ok", "AssertionError: not again"]
+    assert all(row["peer"] for row in rows) and "value" not in rows[1]
+
+
 def test_what_a_proof_lacks_is_a_thing_that_the_machine_could_have(monkeypatch):
     triton, cuda = PATCHIFY.backend("triton"), PATCHIFY.backend("cuda")
     monkeypatch.setattr(proofs, "_device", lambda backend: "cuda")

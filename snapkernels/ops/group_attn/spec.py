@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from snapkernels.ops.group_attn import cores, cost, eager, reference
+from snapkernels.ops.group_attn import cores, cost, eager, peers, reference
 from snapkernels.ops.group_attn.kernels import projected
 from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
 from snapkernels.spec import Backend, Case, Fields, Mutant, Probe, Sizes, Spec, Tensor
@@ -158,6 +158,8 @@ GROUP_READ = Spec(
         "projected": _in_all(cost.projected_read_flops),
     },
     residual="latents",
+    compiled_beside=True,
+    peers=peers.READ,
     backward_reads=("latents", "patches", "weights", "mask"),
 )
 
@@ -219,5 +221,7 @@ GROUP_WRITE = Spec(
         "projected": _in_all(cost.projected_write_flops),
     },
     residual="patches",
+    compiled_beside=True,
+    peers=peers.WRITE,
     backward_reads=("patches", "latents", "weights"),
 )
