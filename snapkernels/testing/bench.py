@@ -57,7 +57,7 @@ def bench(
     stream = torch.cuda.Stream() if device.type == "cuda" else None
     with torch.cuda.stream(stream):
         variants = list(_variants(op, case, direction, dtype, device, moved))
-    timings, failed = _interleaved([v for v in variants if v.gate == "ok"], stream, rounds)
+    timings, failed = interleaved([v for v in variants if v.gate == "ok"], stream, rounds)
     rows = []
     for variant in variants:
         gate = failed.get(variant.name, variant.gate)
@@ -68,7 +68,7 @@ def bench(
             "unit": "ms",
             "better": "lower",
             "gate": gate,
-            "includes": _included(device, moved),
+            "includes": included(device, moved),
         }
         if variant.peer:
             row["peer"] = True
@@ -185,7 +185,8 @@ def sets_needed(device: torch.device, moved: int) -> int:
     return min(MOST_SETS, max(2, -(-COLD_BYTES[device.type] // moved)))
 
 
-def _included(device: torch.device, moved: int) -> str:
+def included(device: torch.device, moved: int) -> str:
+    """What is in a time of a call that has to move `moved` bytes."""
     text = "the op alone"
     if device.type == "cuda":
         cold = sets_needed(device, moved) * moved >= COLD_BYTES["cuda"]
@@ -198,12 +199,12 @@ def _gate(proof: Callable[[], None]) -> str:
     try:
         proof()
     except Exception as error:  # whatever it is, the other rows are not lost for it
-        return _reason(error)
+        return reason_of(error)
     return "ok"
 
 
-def _reason(error: Exception) -> str:
-    """Its first line: a compiler's message goes on for pages."""
+def reason_of(error: Exception) -> str:
+    """The first line of `error`: a compiler's message goes on for pages."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}"
 
@@ -212,7 +213,7 @@ def _copy(size: int, device: torch.device) -> Callable[[], torch.Tensor]:
     return torch.randint(0, 256, (size,), dtype=torch.uint8, device=device).clone
 
 
-def _interleaved(
+def interleaved(
     variants: list[Variant], stream: torch.cuda.Stream | None, rounds: int
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """The times of `variants`, and why those that could not be timed could not."""
@@ -222,7 +223,7 @@ def _interleaved(
         try:
             sweeps[variant.name] = make(variant.calls)
         except Exception as error:  # a peer may be right and not go into a CUDA graph
-            failed[variant.name] = _reason(error)
+            failed[variant.name] = reason_of(error)
     samples: dict[str, list[float]] = {name: [] for name in sweeps}
     for _ in range(rounds):
         for name, sweep in sweeps.items():
