@@ -12,29 +12,51 @@ from snapkernels import env
 from snapkernels.spec import Backend, Spec
 
 
-def choose(spec: Spec, backend: str | None, values: tuple[Any, ...]) -> Backend:
-    """The backend called `backend`, or, for None, the first that takes `values`.
+def choose(
+    spec: Spec, backend: str | None, values: tuple[Any, ...], *, tracked: bool = False
+) -> Backend:
+    """The backend called `backend`, or, for None, the first that takes `values` and would.
 
-    `values` are the call's inputs, then its options. A named backend never falls back; one named in
-    SNAPKERNELS_BACKEND is named.
+    `values` are the call's inputs, then its options. A named backend never falls back, and is not
+    asked whether it pays; one named in SNAPKERNELS_BACKEND is named. A call that is `tracked` is to
+    be differentiated.
 
     Raises:
         ValueError: there is no such backend, or it cannot run this call; the message says why.
+        NotImplementedError: the one named has no backward, and the call is tracked.
     """
     name = backend if backend is not None else env.BACKENDS.get(spec.name)
     if name is not None:
         chosen = spec.backend(name)
         if reason := chosen.refuses(*values):
             raise ValueError(f"{spec.name}: backend={name!r} cannot run this call: {reason}")
+        if tracked:
+            require_backward(spec, chosen)
         return chosen
     for candidate in spec.backends:
-        if candidate.refuses(*values) is None and not _interpreted(candidate):
+        if tracked and not candidate.differentiable:
+            continue
+        takes = candidate.refuses(*values) is None and not _interpreted(candidate)
+        if takes and candidate.declines(*values) is None:
             return candidate
-    raise AssertionError(f"{spec.name}: the reference refuses nothing")
+    raise AssertionError(f"{spec.name}: the reference refuses and declines nothing")
+
+
+def require_backward(spec: Spec, backend: Backend) -> None:
+    """Refuse to have what `backend` computes differentiated, if it has no backward.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    if not backend.differentiable:
+        raise NotImplementedError(
+            f"{spec.name}: backend={backend.name!r} has no backward yet: name another one, or "
+            "none, where a gradient is wanted, or call it under torch.no_grad()"
+        )
 
 
 def candidates(spec: Spec, values: tuple[Any, ...]) -> Iterator[Backend]:
-    """The backends that take `values`, best first; the last is the reference.
+    """The backends that take `values`, those that decline them too, in the spec's order.
 
     Interpreted kernels are left out: they are there to be proved, and too slow for anything else.
     """
@@ -81,14 +103,24 @@ def explain(spec: Spec, *values: Any) -> str:
         f"{spec.name}: {spec.math}",
         "  " + ", ".join(f"{name} = {size}" for name, size in sizes.items()),
     ]
+    work = [f"{name} {flops(sizes) / 1e9:.3g} GFLOP" for name, flops in spec.algorithms.items()]
+    lines += [f"  {', '.join(work)}"] * bool(work)
     chosen = choose(spec, None, values).name
     preferred = env.BACKENDS.get(spec.name)
+    trains = None if preferred else choose(spec, None, values, tracked=True).name
     for backend in spec.backends:
-        reason = backend.refuses(*values)
         if backend.name == chosen:
             verdict = "runs" + " (SNAPKERNELS_BACKEND)" * (preferred == chosen)
+        elif reason := backend.refuses(*values):
+            verdict = f"cannot: {reason}"
+        elif reason := backend.declines(*values):
+            verdict = f"can, but declines: {reason}"
         else:
-            verdict = f"cannot: {reason}" if reason else f"can, but {chosen} is preferred"
+            verdict = f"can, but {chosen} is preferred"
+        if not backend.differentiable:
+            verdict += "; has no backward yet"
+        elif backend.name == trains != chosen:
+            verdict += "; runs what is to be differentiated"
         lines.append(f"  {backend.name:<10} {verdict}")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from snapkernels.dispatch import backward_of, choose, implementation, saving
+from snapkernels.dispatch import backward_of, choose, implementation, require_backward, saving
 from snapkernels.spec import PLAIN, Fields, Spec
 
 _LIBRARY = torch.library.Library("snapkernels", "FRAGMENT")
@@ -31,7 +31,9 @@ def define(
     """Register the op of `spec`; returns what a public function calls with all its arguments.
 
     That checks the call against the spec (what passed once is remembered) and enters the op. The
-    registered op does not check; it chooses its backend when it runs, not when it is traced.
+    registered op does not check; it chooses its backend when it runs, not when it is traced. It
+    does not know whether its result will be differentiated: a backend without a backward may make
+    the value, and <name>_backward then computes the call once more by the first that has one.
 
     A small call costs its host time, so PyTorch's dispatcher is entered only where it has a part:
     for the gradient of a kernel, or while a mode, a transform, a trace or the profiler looks on.
@@ -56,6 +58,14 @@ def define(
         if backend is not None:
             spec.backend(backend)
 
+    def is_tracked(flat: list[Any], backend: str | None) -> bool:
+        tracked = torch.is_grad_enabled() and any(
+            one.requires_grad for one in flat if one is not None
+        )
+        if tracked and backend is not None:
+            require_backward(spec, spec.backend(backend))
+        return tracked
+
     def check_once(call: Call, flat: list[Any], backend: str | None) -> None:
         options = call[len(spec.inputs) :]
         forms = [None if one is None else (one.shape, one.dtype, one.device) for one in flat]
@@ -77,18 +87,20 @@ def define(
         call, backend = values[:-1], values[-1]
         if torch.compiler.is_compiling() or not _is_plain(spec, call):
             check(call, backend)
-            return _output(op(*spec.flatten(call), *call[len(spec.inputs) :], backend))
+            flat = spec.flatten(call)
+            is_tracked(flat, backend)
+            return _output(op(*flat, *call[len(spec.inputs) :], backend))
         flat = spec.flatten(call)
         check_once(call, flat, backend)
         if forward_ad._current_level >= 0:  # PyTorch would leave the tangent out and say nothing
             raise NotImplementedError(f"{spec.name} has no forward-mode derivative")
+        tracked = is_tracked(flat, backend)
         if not _watched():
-            chosen = choose(spec, backend, call)
-            tracked = torch.is_grad_enabled() and any(
-                one.requires_grad for one in flat if one is not None
-            )
+            chosen = choose(spec, backend, call, tracked=tracked)
             if not tracked or not (by_another_op or chosen.backward):
                 return _output(implementation(chosen)(*call))
+            if not by_another_op:
+                backend = chosen.name  # the op alone would not know that it is tracked
         return _output(op(*flat, *call[len(spec.inputs) :], backend))
 
     return enter
@@ -132,11 +144,14 @@ def _register_backward(spec: Spec) -> tuple[Callable[..., None], Callable[..., A
         f"{name}(Tensor grad, {saved}{_schema(spec)}, bool[] needs, str? backend=None) -> Tensor[]"
     )
     count = len(spec.saved)
+    forward_only = any(not backend.differentiable for backend in spec.backends)
 
     def run(grad: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
         kept, (call, needs, backend) = rest[:count], _split_needs(spec, rest[count:])
-        chosen = choose(spec, backend, call)
+        chosen = choose(spec, backend, call, tracked=True)
         if chosen.backward:
+            if forward_only and kept and choose(spec, backend, call) is not chosen:
+                kept = saving(chosen)(*call)[1:]  # another one made the value, and kept nothing
             grads = backward_of(chosen)(tuple(needs), grad, *kept, *call)
             return [one for one in grads if one is not None]
         return _differentiated(spec, implementation(chosen), call, needs, grad)

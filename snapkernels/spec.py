@@ -102,14 +102,20 @@ class Backend:
         backward: likewise, called with what gradients are needed, the output's gradient and what
             was saved, then the inputs and options: the gradients of every differentiable tensor
             of the inputs, None where one is not needed. Without it PyTorch differentiates `run`.
+        differentiable: False for a forward that has no backward yet, by itself or by PyTorch: what
+            is to be differentiated runs another backend.
         refuses: with the same arguments as `run`, why it cannot run them, or None.
+        declines: likewise, why it does not pay to run them although it can, or None. Who names it
+            gets it all the same.
     """
 
     name: str
     run: Callable[..., Any] | str
     saving: Callable[..., Any] | str | None = None
     backward: Callable[..., Any] | str | None = None
+    differentiable: bool = True
     refuses: Callable[..., str | None] = lambda *_: None
+    declines: Callable[..., str | None] = lambda *_: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +187,13 @@ class Spec:
         cases, mutants: what it is proved with.
         probe: of an op that reads tokens by a softmax, with a residual.
         flops: of a forward call, from its sizes.
+        algorithms: {name: its FLOPs, likewise} where there are several that are exact.
         exact: a result is right only if it is the reference's, bit for bit.
         residual: the input that the op adds its branch to; errors are measured on the branch.
         moves: its time is that of moving its bytes, so a copy of them is timed beside it.
         compiled_beside: torch.compile of the eager backend is timed beside it.
+        peers: {name: what others offer, a function as `Backend.run` is} that are timed beside the
+            forward on a GPU and never chosen; one that raises keeps its reason.
         backward_reads: the inputs that the backward pass has to read.
         sass: {GPU architecture: instructions that every Triton kernel has there}.
         most_registers: of a thread of its Triton kernels; 255 is all that there are.
@@ -205,10 +214,12 @@ class Spec:
     mutants: tuple[Mutant, ...] = ()
     probe: Probe | None = None
     flops: Callable[[Sizes], int] = lambda sizes: 0
+    algorithms: Mapping[str, Callable[[Sizes], int]] = field(default_factory=dict)
     exact: bool = False
     residual: str | None = None
     moves: bool = False
     compiled_beside: bool = False
+    peers: Mapping[str, Callable[..., torch.Tensor] | str] = field(default_factory=dict)
     backward_reads: tuple[str, ...] = ()
     sass: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     most_registers: int = 255

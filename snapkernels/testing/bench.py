@@ -23,7 +23,8 @@ from snapkernels.testing.timing import Timing
 COLD_BYTES = {"cuda": 200_000_000, "cpu": 1}  # four times the L2 of an H100
 MOST_SETS = 48
 COPY_GRAIN = 4096  # bytes: on an H100 170,191,874 took 145 us to copy, 170,192,896 took 117
-HOST_CALLS = 200
+# A queue takes about a thousand launches before the host waits, and a layer has up to ten.
+HOST_CALLS = {"op": 200, "layer": 40}
 
 
 class Variant(NamedTuple):
@@ -32,6 +33,7 @@ class Variant(NamedTuple):
     name: str
     calls: list[Callable[[], Any]]
     gate: str
+    peer: bool = False
 
 
 def bench(
@@ -44,7 +46,10 @@ def bench(
     *,
     rounds: int = 30,
 ) -> list[dict[str, Any]]:
-    """Rows of a record, one a variant. A variant whose gate is red has its reason, and no time."""
+    """Rows of a record, one a variant. A variant whose gate is red has its reason, and no time.
+
+    The row of a peer, which is not ours to mend, says that it is one.
+    """
     spec = op.spec
     moved = compulsory_bytes(spec, case, direction, dtype)
     floor = floor_ms(spec, case, direction, dtype, ceilings)
@@ -52,19 +57,22 @@ def bench(
     stream = torch.cuda.Stream() if device.type == "cuda" else None
     with torch.cuda.stream(stream):
         variants = list(_variants(op, case, direction, dtype, device, moved))
-    timings = _interleaved([v for v in variants if v.gate == "ok"], stream, rounds)
+    timings, failed = interleaved([v for v in variants if v.gate == "ok"], stream, rounds)
     rows = []
     for variant in variants:
+        gate = failed.get(variant.name, variant.gate)
         row: dict[str, Any] = {
             "case": spec.case_id(case, direction),
             "variant": f"{variant.name}-{short(dtype)}",
             "batch": case.sizes.get("B", 1),
             "unit": "ms",
             "better": "lower",
-            "gate": variant.gate,
-            "includes": _included(device, moved),
+            "gate": gate,
+            "includes": included(device, moved),
         }
-        if variant.gate == "ok":
+        if variant.peer:
+            row["peer"] = True
+        if gate == "ok":
             timing = timings[variant.name]
             row |= {
                 "value": timing.median,
@@ -106,7 +114,7 @@ def overhead_us(op: Op, case: Case, backend: Backend, device: torch.device) -> d
     samples: dict[str, list[float]] = {name: [] for name in (*timed, "overhead")}
     for _ in range(30):
         for name, function in timed.items():
-            samples[name].append(_host_us(function, device))
+            samples[name].append(_host_us(function, HOST_CALLS[op.spec.kind], device))
         samples["overhead"].append(samples["call"][-1] - samples["backend"][-1])
     return {name: Timing.of(found) for name, found in samples.items()}
 
@@ -128,35 +136,48 @@ def _variants(
         counted = backend.name == "eager" and "seed" in spec.options and direction == "fwd"
         if backend.name == "reference" or (counted and device.type == "cuda"):
             continue
+        if direction != "fwd" and not backend.differentiable:
+            continue
         gate = _gate(partial(prove, spec, case, backend, dtype))
         calls = [prepare(op, one, direction, backend.name) for one in sets] if gate == "ok" else []
         yield Variant(backend.name, calls, gate)
-    if spec.compiled_beside and direction == "fwd" and device.type == "cuda":
-        compiled = _compiled(op)
-        gate = _gate(partial(_prove_compiled, op, compiled, case, dtype, sets[0]))
-        calls = [prepare(compiled, one, direction, None) for one in sets] if gate == "ok" else []
-        yield Variant("compile", calls, gate)
+    if direction == "fwd" and device.type == "cuda":
+        yield from beside(op, case, dtype, sets)
     if spec.moves:
         size = -(-moved // 2 // COPY_GRAIN) * COPY_GRAIN
         yield Variant("copy", [_copy(size, device) for _ in sets], "ok")
 
 
-def _compiled(op: Op) -> Op:
-    """`op` as torch.compile makes it of the eager backend."""
-    run = torch.compile(implementation(op.spec.backend("eager")))
+def beside(
+    op: Op, case: Case, dtype: torch.dtype, sets: list[tuple[Any, ...]]
+) -> Iterator[Variant]:
+    """The forward of `case` by torch.compile, where the spec has that, and by its peers."""
+    spec = op.spec
+    found: dict[str, Callable[..., Any] | str] = {}
+    torch.compiler.reset()  # else a second shape is compiled for any shape, a ninth not at all
+    if spec.compiled_beside:
+        found["compile"] = torch.compile(implementation(spec.backend("eager")))
+    for name, run in (found | dict(spec.peers)).items():
+        other = _by_another(op, Backend(name=name, run=run))
+        gate = _gate(partial(_prove_other, other, case, dtype, sets[0]))
+        calls = [prepare(other, one, "fwd", None) for one in sets] if gate == "ok" else []
+        yield Variant(name, calls, gate, peer=name in spec.peers)
+
+
+def _by_another(op: Op, other: Backend) -> Op:
+    """`op` as a function that is none of its backends computes it."""
 
     def function(*, backend: str | None, **keywords: Any) -> Any:
-        return run(*keywords.values())
+        return implementation(other)(*keywords.values())
 
     return Op(op.spec, function)
 
 
-def _prove_compiled(
-    op: Op, compiled: Op, case: Case, dtype: torch.dtype, call_values: tuple[Any, ...]
-) -> None:
+def _prove_other(other: Op, case: Case, dtype: torch.dtype, call_values: tuple[Any, ...]) -> None:
+    """Hold what is not a backend to the limits of eager PyTorch."""
     with torch.no_grad():
-        result = call(compiled, call_values)
-    judge(op.spec, case, op.spec.backend("eager"), dtype, call_values, result)
+        result = call(other, call_values)
+    judge(other.spec, case, other.spec.backend("eager"), dtype, call_values, result)
 
 
 def sets_needed(device: torch.device, moved: int) -> int:
@@ -164,7 +185,8 @@ def sets_needed(device: torch.device, moved: int) -> int:
     return min(MOST_SETS, max(2, -(-COLD_BYTES[device.type] // moved)))
 
 
-def _included(device: torch.device, moved: int) -> str:
+def included(device: torch.device, moved: int) -> str:
+    """What is in a time of a call that has to move `moved` bytes."""
     text = "the op alone"
     if device.type == "cuda":
         cold = sets_needed(device, moved) * moved >= COLD_BYTES["cuda"]
@@ -177,24 +199,36 @@ def _gate(proof: Callable[[], None]) -> str:
     try:
         proof()
     except Exception as error:  # whatever it is, the other rows are not lost for it
-        return f"{type(error).__name__}: {error}"
+        return reason_of(error)
     return "ok"
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of `error`: a compiler's message goes on for pages."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}"
 
 
 def _copy(size: int, device: torch.device) -> Callable[[], torch.Tensor]:
     return torch.randint(0, 256, (size,), dtype=torch.uint8, device=device).clone
 
 
-def _interleaved(
+def interleaved(
     variants: list[Variant], stream: torch.cuda.Stream | None, rounds: int
-) -> dict[str, Timing]:
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """The times of `variants`, and why those that could not be timed could not."""
     make = partial(_graph_sweep, stream) if stream else _plain_sweep
-    sweeps = {variant.name: make(variant.calls) for variant in variants}
+    sweeps, failed = {}, {}
+    for variant in variants:
+        try:
+            sweeps[variant.name] = make(variant.calls)
+        except Exception as error:  # a peer may be right and not go into a CUDA graph
+            failed[variant.name] = reason_of(error)
     samples: dict[str, list[float]] = {name: [] for name in sweeps}
     for _ in range(rounds):
         for name, sweep in sweeps.items():
             samples[name].append(sweep())
-    return {name: Timing.of(found) for name, found in samples.items()}
+    return {name: Timing.of(found) for name, found in samples.items()}, failed
 
 
 def _plain_sweep(calls: list[Callable[[], Any]]) -> Callable[[], float]:
@@ -231,12 +265,12 @@ def _graph_sweep(stream: torch.cuda.Stream, calls: list[Callable[[], Any]]) -> C
     return sweep
 
 
-def _host_us(function: Callable[[], Any], device: torch.device) -> float:
+def _host_us(function: Callable[[], Any], calls: int, device: torch.device) -> float:
     function()
     start = time.perf_counter()
-    for _ in range(HOST_CALLS):
+    for _ in range(calls):
         function()
     spent = time.perf_counter() - start
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return spent / HOST_CALLS * 1e6
+    return spent / calls * 1e6

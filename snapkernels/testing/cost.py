@@ -23,10 +23,20 @@ def compulsory_bytes(spec: Spec, case: Case, direction: str, dtype: torch.dtype)
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[direction]
 
 
+FORWARDS = {"fwd": 1, "bwd": 2, "fwd_bwd": 3}
+
+
 def flops(spec: Spec, case: Case, direction: str) -> int:
     """FLOPs of `case`; a backward pass has twice those of the forward."""
     sizes = spec.check(*make_values(spec, case, torch.float32, "meta"))
-    return spec.flops(sizes) * {"fwd": 1, "bwd": 2, "fwd_bwd": 3}[direction]
+    return spec.flops(sizes) * FORWARDS[direction]
+
+
+def least_flops(spec: Spec, case: Case, direction: str) -> int:
+    """FLOPs of `case` by the exact algorithm that has the fewest."""
+    sizes = spec.check(*make_values(spec, case, torch.float32, "meta"))
+    counts = [count(sizes) for count in spec.algorithms.values()]
+    return min(counts, default=spec.flops(sizes)) * FORWARDS[direction]
 
 
 def floor_ms(
@@ -34,11 +44,12 @@ def floor_ms(
 ) -> float:
     """The least milliseconds of `case` where copies and matrix products reach `ceilings`.
 
+    Of several exact algorithms it is that of the least work.
     `ceilings` are those of `snapkernels.roofline.measure_ceilings` for `dtype`.
     """
     matrix = next(rate for name, rate in ceilings.items() if name.endswith("_tflop_s"))
     moving = compulsory_bytes(spec, case, direction, dtype) / ceilings["copy_tb_s"] / 1e9
-    return max(moving, flops(spec, case, direction) / matrix / 1e9)
+    return max(moving, least_flops(spec, case, direction) / matrix / 1e9)
 
 
 def _output_bytes(spec: Spec, values: tuple[object, ...]) -> int:

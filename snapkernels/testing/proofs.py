@@ -94,6 +94,8 @@ def _of_a_case(op: Op, case: Case, backend: Backend, dtype: torch.dtype) -> Iter
             yield Proof(name, None, run, _device(backend) == "cuda")
             return
     for direction, prove in (("fwd", values), ("bwd", gradients)):
+        if direction == "bwd" and not backend.differentiable:
+            continue
         # A backward is the same kernels at every size: one dtype of the large cases is enough.
         if direction == "fwd" or case.tier == "cpu" or dtype == case.dtypes[0]:
             name = f"{op.spec.case_id(case, direction)} {backend.name} {short(dtype)}"

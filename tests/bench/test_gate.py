@@ -8,7 +8,6 @@ from workload import build_model, load_batch
 
 from snapkernels import dispatch, library
 from snapkernels.ops.feed_forward import op as feed_forward
-from snapkernels.ops.group_attn import op as group_attn
 from snapkernels.ops.latent_attn import op as latent_attn
 from snapkernels.registry import OPS
 from snapvideo_core import PRESETS, SnapDiffusion
@@ -36,9 +35,9 @@ def q_and_k_swapped(f):
 # {bug: (where the implementation is looked up, the ops that have it, what it does to one)}
 CROSS = ("group_read", "group_write")
 BUGS = {
-    "groups rolled": (group_attn, CROSS, lambda f: lambda q, kv, *a: f(q, kv.roll(1, 1), *a)),
-    "mask ignored": (group_attn, CROSS, without_mask),
-    "last key of each group dropped": (group_attn, CROSS, without_last_key),
+    "groups rolled": (library, CROSS, lambda f: lambda q, kv, *a: f(q, kv.roll(1, 1), *a)),
+    "mask ignored": (library, CROSS, without_mask),
+    "last key of each group dropped": (library, CROSS, without_last_key),
     "q and k swapped": (latent_attn, ["latent_attention"], q_and_k_swapped),
     "self-attention left out": (latent_attn, ["latent_attention"], lambda f: lambda z, *a: z),
     "residual left out": (feed_forward, ["feed_forward"], lambda f: lambda x, *a: f(x, *a) - x),

@@ -2,30 +2,36 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from snapkernels import env
+from snapkernels.dispatch import explain
 from snapkernels.library import define
 from snapkernels.spec import Backend, Spec, Tensor
 
 
-def cubes(name, kernel):
-    """An op x^3 with a backend `kernel` and the equation, registered as `name`."""
+def cube_spec(name, *kernels):
+    """An op x^3 with the backends `kernels` and the equation."""
     equation = Backend(name="reference", run=lambda x: x**3)
-    return define(
-        Spec(
-            name=name,
-            kind="op",
-            math="x^3",
-            legend={"N": "numbers", "E": "of each that are kept"},
-            inputs={"x": Tensor("N")},
-            options={},
-            rules=("E = 2",),
-            output=Tensor("N"),
-            saved={"powers": Tensor("N E", dtype=torch.float32)},
-            backends=(kernel, equation),
-            reference=equation.run,
-            cases=(),
-        )
+    return Spec(
+        name=name,
+        kind="op",
+        math="x^3",
+        legend={"N": "numbers", "E": "of each that are kept"},
+        inputs={"x": Tensor("N")},
+        options={},
+        rules=("E = 2",),
+        output=Tensor("N"),
+        saved={"powers": Tensor("N E", dtype=torch.float32)},
+        backends=(*kernels, equation),
+        reference=equation.run,
+        cases=(),
     )
+
+
+def cubes(name, *kernels):
+    """The op of `cube_spec`, registered."""
+    return define(cube_spec(name, *kernels))
 
 
 @pytest.fixture
@@ -81,3 +87,63 @@ def test_pytorch_differentiates_a_backend_without_a_backward(ran, functions):
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     (grad,) = torch.autograd.grad(cube(x, "reference").sum(), x)
     assert grad.tolist() == [3, 12] and ran == []
+
+
+@pytest.fixture
+def forward_only(ran):
+    def run(x):
+        ran.append("forward only")
+        return x**3
+
+    return Backend(name="fast", run=run, differentiable=False)
+
+
+def test_what_is_differentiated_runs_a_backend_that_can_be(ran, functions, forward_only):
+    cube = cubes("cube_forward_only", forward_only, Backend(name="kernel", **functions))
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with torch.no_grad():
+        assert cube(x, None).tolist() == cube(x, "fast").tolist() == [1, 8]
+    assert ran == ["forward only"] * 2
+    (grad,) = torch.autograd.grad(cube(x, None).sum(), x)
+    assert grad.tolist() == [3, 12] and ran[2:] == ["saving", "backward"]
+
+
+def test_a_backend_without_a_backward_that_is_named_says_so(ran, forward_only, monkeypatch):
+    cube = cubes("cube_named", forward_only)
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    message = "cube_named: backend='fast' has no backward yet"
+    with pytest.raises(NotImplementedError, match=message):
+        cube(x, "fast")
+    with FlopCounterMode(display=False), pytest.raises(NotImplementedError, match=message):
+        cube(x, "fast")
+    unchecked, _ = torch.ops.snapkernels.cube_named(x, "fast")
+    with pytest.raises(NotImplementedError, match=message):
+        unchecked.sum().backward()
+    monkeypatch.setitem(env.BACKENDS, "cube_named", "fast")
+    with pytest.raises(NotImplementedError, match=message):
+        cube(x, None)
+
+
+@pytest.mark.parametrize("with_backward", [True, False])
+def test_a_traced_call_is_computed_again_for_its_gradient(
+    ran, functions, forward_only, with_backward
+):
+    """What was kept of a forward without a backward is not what the other's backward needs."""
+    kernel = (Backend(name="kernel", **functions),) if with_backward else ()
+    cube = cubes(f"cube_traced_{with_backward}", forward_only, *kernel)
+    compiled = torch.compile(lambda x: cube(x, None), fullgraph=True, backend="aot_eager")
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert grad.tolist() == [3, 12]
+    assert ran == ["forward only"] + with_backward * ["saving", "backward"]
+
+
+def test_explain_says_what_trains(functions, forward_only):
+    kernel = Backend(name="kernel", **functions)
+    spec = cube_spec("cube_explained", forward_only, kernel)
+    lines = explain(spec, torch.ones(2)).splitlines()
+    assert lines[2:] == [
+        "  fast       runs; has no backward yet",
+        "  kernel     can, but fast is preferred; runs what is to be differentiated",
+        "  reference  can, but fast is preferred",
+    ]

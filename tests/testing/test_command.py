@@ -104,6 +104,18 @@ def test_bench_writes_a_record(tmp_path, capsys, monkeypatch):
     assert command.main(["bench", "--case", "no such case"]) == 2
 
 
+@pytest.mark.parametrize(("more", "code"), [({"peer": True}, 0), ({}, 1)])
+def test_a_red_peer_is_not_our_failure(more, code, monkeypatch):
+    def rows(op, case, direction, *_, **__):
+        row = {"case": op.spec.case_id(case, direction), "variant": "x-fp32", "gate": "ok"}
+        timed = {"unit": "ms", "value": 1.0, "p20": 1.0, "p80": 1.0}
+        return [row | {"gate": "TypeError: no"} | more, row | timed | {"gate": "ok"}]
+
+    monkeypatch.setattr(command.roofline, "measure_ceilings", lambda device: {})
+    monkeypatch.setattr(command.bench, "bench", rows)
+    assert command.main(["bench", "--case", "layer/feed_forward/odd"]) == code
+
+
 @pytest.fixture
 def a_stamp(tmp_path, monkeypatch):
     def write(commit):

@@ -50,7 +50,8 @@ def test_all_is_zero_but_the_marker(spec):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("spec", PROBED, ids=lambda spec: spec.name)
 def test_right_backends_find_every_marker(spec, dtype):
-    for backend in spec.backends:
+    values = make_values(spec, case(spec, "ragged"), dtype, "cpu")
+    for backend in (one for one in spec.backends if one.refuses(*values) is None):
         assert lost(spec, "ragged", implementation(backend), dtype) == []
 
 
@@ -93,8 +94,8 @@ def test_they_see_padding_in_the_denominator_and_one_lost_token_of_many(dtype):
     padded = Mutant(
         name="padded",
         backend="eager",
-        find="return q_tokens + linear(",
-        replace="context_BGQI = context_BGQI * (129 / 256)\n    return q_tokens + linear(",
+        find="return linear(",
+        replace="context_BGQI = context_BGQI * (129 / 256)\n    return linear(",
     )
     with planted(spec, padded) as backend:
         assert lost(spec, "ragged", implementation(backend), dtype) == borders(129)

@@ -7,7 +7,7 @@ import torch
 
 from snapkernels import dispatch, env, extension
 from snapkernels.dispatch import choose, explain
-from snapkernels.registry import OPS, op
+from snapkernels.registry import OPS, Op, op
 from snapkernels.spec import Mutant
 from snapkernels.testing import aot, bench, cost, proofs
 from snapkernels.testing.cases import all_ids, find, make_values
@@ -98,6 +98,20 @@ def test_a_named_backend_never_falls_back(monkeypatch):
         choose(PATCHIFY, None, call)
 
 
+def test_a_backend_that_declines_runs_where_it_is_named_only(monkeypatch):
+    call = make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu")
+    first, *rest = (one for one in PATCHIFY.backends if one.name not in ("cuda", "triton"))
+    declining = replace(first, declines=lambda *values: f"{len(values)} values are too few")
+    spec = replace(PATCHIFY, backends=(declining, *rest))
+    assert choose(spec, None, call).name == rest[0].name
+    assert choose(spec, first.name, call) is declining
+    assert next(dispatch.candidates(spec, call)).name == first.name
+    assert f"{first.name:<10} can, but declines: 3 values are too few" in explain(spec, *call)
+    monkeypatch.setitem(env.BACKENDS, "patchify", first.name)
+    assert choose(spec, None, call) is declining
+    assert f"{first.name:<10} runs (SNAPKERNELS_BACKEND)" in explain(spec, *call)
+
+
 def test_explain_has_every_backend_its_reason_and_the_sizes(monkeypatch):
     monkeypatch.setattr(env, "INTERPRET", False)
     text = explain(PATCHIFY, *make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu"))
@@ -146,6 +160,17 @@ def test_a_spec_holds_its_kernels_to_its_registers():
         proofs.machine_code(few, case, torch.bfloat16, "sm_90")
 
 
+def test_what_has_no_backward_has_no_gradients_to_prove_or_time():
+    forward_only = replace(PATCHIFY.backend("eager"), differentiable=False)
+    found = proofs._of_a_case(OPS["patchify"], CASES["odd"], forward_only, torch.float32)
+    assert [proof.id for proof in found] == ["op/patchify/odd/fwd eager fp32"]
+    spec = replace(PATCHIFY, backends=(forward_only, PATCHIFY.backend("reference")))
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    op = Op(spec, OPS["patchify"].function)
+    rows = bench.bench(op, CASES["tail"], "bwd", torch.float32, CPU, ceilings, rounds=2)
+    assert [row["variant"] for row in rows] == ["copy-fp32"]
+
+
 def test_bench_rows_are_gated_and_in_form():
     ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
     rows = bench.bench(
@@ -170,6 +195,32 @@ def test_a_wrong_backend_is_not_timed(monkeypatch):
     red_gate = "AssertionError: wrong on purpose"
     assert [row["gate"] for row in rows] == [red_gate, red_gate, "ok"]
     assert all("value" not in row for row in rows[:2])
+
+
+def test_what_is_timed_beside_is_gated_and_what_cannot_be_timed_keeps_its_reason(monkeypatch):
+    eager, shifted = PATCHIFY.backend("eager").run, lambda *values: eager(*values) + 1
+    peers = {"good": eager, "wrong": shifted, "gone": "no.such.module:function"}
+    op = Op(replace(PATCHIFY, peers=peers), OPS["patchify"].function)
+    sets = [make_values(PATCHIFY, CASES["tail"], torch.float32, "cpu")]
+    found = list(bench.beside(op, CASES["tail"], torch.float32, sets))
+    assert [variant.gate for variant in found] == [
+        "ok",
+        "WrongError: not the reference, bit for bit",
+        "ModuleNotFoundError: No module named 'no'",
+    ]
+    assert all(variant.peer for variant in found)
+
+    def once_more():
+        assert len(calls) < 1, "not again\nand pages of why"
+        calls.append(0)
+
+    calls, good = [0], found[0]
+    broken = bench.Variant("broken", [once_more], "ok", peer=True)
+    monkeypatch.setattr(bench, "_variants", lambda *_: iter([good, broken]))
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    rows = bench.bench(op, CASES["tail"], "fwd", torch.float32, CPU, ceilings, rounds=2)
+    assert [row["gate"] for row in rows] == ["ok", "AssertionError: not again"]
+    assert all(row["peer"] for row in rows) and "value" not in rows[1]
 
 
 def test_what_a_proof_lacks_is_a_thing_that_the_machine_could_have(monkeypatch):

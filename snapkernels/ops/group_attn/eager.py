@@ -1,7 +1,10 @@
 """Grouped cross-attention as a careful user writes it: linear layers around SDPA.
 
-PyTorch chooses the SDPA backend. This is the baseline of every later ratio.
+PyTorch chooses the SDPA backend. This is the baseline of every later ratio. `peers.py` hands it
+other attentions, (B * G, H, X, E) queries, keys and values in and the queries' shape out.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
@@ -16,6 +19,8 @@ def cross_attention(
     mask_BGK: torch.Tensor | None,
     num_heads: int,
     eps: float,
+    *,
+    attention: Callable[..., torch.Tensor] = scaled_dot_product_attention,
 ) -> torch.Tensor:
     def by_head(tokens_BGXI: torch.Tensor) -> torch.Tensor:
         """(B, G, X, I) -> (B * G, H, X, E), without a copy."""
@@ -28,7 +33,7 @@ def cross_attention(
         attn_mask = (mask_BGK | ~readable).flatten(0, 1)[:, None, None, :]
     q_in = layer_norm(q_tokens, q_tokens.shape[-1:], w.q_norm_weight, w.q_norm_bias, eps)
     kv_in = layer_norm(kv_tokens, kv_tokens.shape[-1:], w.kv_norm_weight, w.kv_norm_bias, eps)
-    context = scaled_dot_product_attention(
+    context = attention(
         by_head(linear(q_in, w.q_weight, w.q_bias)),
         by_head(linear(kv_in, w.k_weight, w.k_bias)),
         by_head(linear(kv_in, w.v_weight, w.v_bias)),
@@ -37,7 +42,8 @@ def cross_attention(
     context_BGQI = context.transpose(1, 2).flatten(2).unflatten(0, q_tokens.shape[:2])
     if readable is not None:
         context_BGQI = context_BGQI * readable[..., None]
-    return q_tokens + linear(context_BGQI, w.o_weight, w.o_bias)
+    # In this order the sum is contiguous whatever the strides of q_tokens.
+    return linear(context_BGQI, w.o_weight, w.o_bias) + q_tokens
 
 
 def group_write(
@@ -46,5 +52,7 @@ def group_write(
     w: CrossAttentionWeights,
     num_heads: int,
     eps: float,
+    *,
+    attention: Callable[..., torch.Tensor] = scaled_dot_product_attention,
 ) -> torch.Tensor:
-    return cross_attention(patches, latents, w, None, num_heads, eps)
+    return cross_attention(patches, latents, w, None, num_heads, eps, attention=attention)

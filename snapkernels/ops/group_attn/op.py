@@ -6,7 +6,7 @@ group, C their width, I inner width (heads times head dimension).
 
 import torch
 
-from snapkernels.dispatch import choose, implementation
+from snapkernels.library import define
 from snapkernels.ops.group_attn.spec import GROUP_READ, GROUP_WRITE
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 from snapkernels.registry import public
@@ -36,18 +36,17 @@ def group_read(
         mask: (B, G, N) bool, True where a patch may be read. A latent whose group has none gets
             zero attention, so its branch is o's bias.
         eps: of both LayerNorms.
-        backend: "eager" (default) or "reference".
+        backend: "projected", "eager" or "reference"; None takes the first that can run this call
+            and expects to be fastest.
 
     Returns:
-        (B, G, L, D), the latents with the branch added.
+        (B, G, L, D), the latents with the branch added, contiguous.
 
     Raises:
         ValueError: shapes, dtypes or devices that disagree, num_heads that does not divide I, or
-            an unknown backend.
+            an unknown backend, or one that cannot run this call.
     """
-    values = (latents, patches, weights, mask, num_heads, eps)
-    GROUP_READ.check(*values)
-    return implementation(choose(GROUP_READ, backend, values))(*values)
+    return _group_read(latents, patches, weights, mask, num_heads, eps, backend)
 
 
 @public(GROUP_WRITE)
@@ -71,11 +70,13 @@ def group_write(
         weights, num_heads, eps, backend: as in `group_read`.
 
     Returns:
-        (B, G, N, D), the patches with the branch added.
+        (B, G, N, D), the patches with the branch added, contiguous.
 
     Raises:
         ValueError: as in `group_read`.
     """
-    values = (patches, latents, weights, num_heads, eps)
-    GROUP_WRITE.check(*values)
-    return implementation(choose(GROUP_WRITE, backend, values))(*values)
+    return _group_write(patches, latents, weights, num_heads, eps, backend)
+
+
+_group_read = define(GROUP_READ)
+_group_write = define(GROUP_WRITE)

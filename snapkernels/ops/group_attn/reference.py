@@ -32,7 +32,7 @@ def cross_attention(
         m_BG11K = mask_BGK[:, :, None, None, :]
         p_BGHQK = scores.masked_fill(~m_BG11K, torch.finfo(scores.dtype).min).softmax(-1) * m_BG11K
     context_BGQHE = torch.einsum("bghqk,bgkhe->bgqhe", p_BGHQK, v_BGKHE)
-    return q_tokens + context_BGQHE.flatten(-2) @ w.o_weight.T + w.o_bias
+    return context_BGQHE.flatten(-2) @ w.o_weight.T + w.o_bias + q_tokens
 
 
 def group_write(

@@ -5,7 +5,8 @@ from typing import Literal
 
 import torch
 
-from snapkernels.ops.group_attn import eager, reference
+from snapkernels.ops.group_attn import cores, cost, eager, peers, reference
+from snapkernels.ops.group_attn.kernels import projected
 from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
 from snapkernels.spec import Backend, Case, Fields, Mutant, Probe, Sizes, Spec, Tensor
 
@@ -30,15 +31,9 @@ _ZEROS = tuple(
 )
 
 
-def _flops(queries: str, keys: str) -> Callable[[Sizes], int]:
-    """Of the projections of both sides, the scores and the weighted values."""
-
-    def count(sizes: Sizes) -> int:
-        q, k = sizes[queries], sizes[keys]
-        per_group = 4 * sizes["I"] * (q * sizes["D"] + k * sizes["C"] + q * k)
-        return sizes["B"] * sizes["G"] * per_group
-
-    return count
+def _in_all(of_a_group: Callable[[Sizes], int]) -> Callable[[Sizes], int]:
+    """Operations of a call, from those of a group."""
+    return lambda sizes: sizes["B"] * sizes["G"] * of_a_group(sizes)
 
 
 def _shapes(
@@ -111,6 +106,7 @@ GROUP_READ = Spec(
     rules=("I / num_heads",),
     output=Tensor("B G L D"),
     backends=(
+        Backend(name="projected", run=projected.group_read, declines=cores.projected_declines_read),
         Backend(name="eager", run=eager.cross_attention),
         Backend(name="reference", run=reference.cross_attention),
     ),
@@ -142,10 +138,28 @@ GROUP_READ = Spec(
             find="if readable is not None:",
             replace="if False:",
         ),
+        Mutant(
+            name="mask ignored between the projections",
+            backend="projected",
+            find="attn_mask=mask)",
+            replace="attn_mask=None)",
+        ),
+        Mutant(
+            name="group with nothing to read reads all between the projections",
+            backend="projected",
+            find="if readable is None else",
+            replace="if True else",
+        ),
     ),
     probe=Probe(tokens="patches", zeros=("latents", *_ZEROS)),
-    flops=_flops("L", "N"),
+    flops=_in_all(cost.projected_read_flops),
+    algorithms={
+        "absorbed": _in_all(cost.absorbed_read_flops),
+        "projected": _in_all(cost.projected_read_flops),
+    },
     residual="latents",
+    compiled_beside=True,
+    peers=peers.READ,
     backward_reads=("latents", "patches", "weights", "mask"),
 )
 
@@ -159,6 +173,9 @@ GROUP_WRITE = Spec(
     rules=("I / num_heads",),
     output=Tensor("B G N D"),
     backends=(
+        Backend(
+            name="projected", run=projected.group_write, declines=cores.projected_declines_write
+        ),
         Backend(name="eager", run=eager.group_write),
         Backend(name="reference", run=reference.group_write),
     ),
@@ -187,12 +204,24 @@ GROUP_WRITE = Spec(
         Mutant(
             name="residual left out",
             backend="eager",
-            find="return q_tokens + linear(",
-            replace="return linear(",
+            find="w.o_bias) + q_tokens",
+            replace="w.o_bias)",
+        ),
+        Mutant(
+            name="keys and values swapped",
+            backend="projected",
+            find="return by_head(k), by_head(v)",
+            replace="return by_head(v), by_head(k)",
         ),
     ),
     probe=Probe(tokens="latents", zeros=("patches", *_ZEROS)),
-    flops=_flops("N", "L"),
+    flops=_in_all(cost.projected_write_flops),
+    algorithms={
+        "absorbed": _in_all(cost.absorbed_write_flops),
+        "projected": _in_all(cost.projected_write_flops),
+    },
     residual="patches",
+    compiled_beside=True,
+    peers=peers.WRITE,
     backward_reads=("patches", "latents", "weights"),
 )

@@ -1,0 +1,1 @@
+"""The backends of group_read and group_write, one a file."""

@@ -1,0 +1,187 @@
+"""group_read and group_write choose: algorithms by their operations, attention cores by shape."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from snapkernels.dispatch import choose, explain
+from snapkernels.ops.group_attn import cores, cost
+from snapkernels.ops.group_attn.cores import core
+from snapkernels.ops.group_attn.kernels import projected
+from snapkernels.registry import OPS
+from snapkernels.testing.cases import call, leaves, make_values
+from snapkernels.testing.cost import floor_ms, least_flops
+
+BF16 = torch.bfloat16
+READ, WRITE = OPS["group_read"], OPS["group_write"]
+PAPER = ("up", "3.9b-b16", "500m-b64")
+
+
+def case_of(op, name):
+    return next(case for case in op.spec.cases if case.name == name)
+
+
+def product(rows, inner, columns):
+    return 2 * rows * inner * columns
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_operations_are_counted_by_hand(name):
+    """Matrix by matrix, of one group: latents z, patches x, inner width i."""
+    sizes = dict(case_of(READ, name).sizes) | {"num_heads": 16}
+    latents, patches, z, x, i = (sizes[key] for key in "LNDCI")
+    rows = 16 * latents
+    scores_and_values = 2 * product(latents, i, patches)
+    of_latents, of_patches = product(latents, z, i), product(patches, x, i)
+    projected = 2 * of_latents + 2 * of_patches + scores_and_values
+    assert cost.projected_read_flops(sizes) == projected
+    # q; q W_k by head; scores; weighted patches; W_v by head; o
+    absorbed = of_latents + product(latents, i, x) + product(rows, x, patches)
+    absorbed += product(rows, patches, x) + product(latents, x, i) + of_latents
+    assert cost.absorbed_read_flops(sizes) == absorbed
+    sizes |= {"D": x, "C": z}
+    assert cost.projected_write_flops(sizes) == projected
+    # k, v; k W_q and v W_o by head; scores; weighted latents
+    absorbed = 2 * of_latents + 2 * product(latents, i, x) + 2 * product(patches, x, rows)
+    assert cost.absorbed_write_flops(sizes) == absorbed
+
+
+@pytest.mark.parametrize("op", [READ, WRITE], ids=lambda op: op.spec.name)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("up", None),
+        ("3.9b-b16", "absorbed 3.62 GFLOP a group, projected 2.68"),
+        ("500m-b64", "absorbed 1.36 GFLOP a group, projected 1.02"),
+    ],
+)
+def test_absorption_declines_where_it_is_more_work(op, name, reason):
+    values = make_values(op.spec, case_of(op, name), BF16, "meta")
+    declines = getattr(cost, f"absorbed_declines_{op.spec.name.removeprefix('group_')}")
+    assert declines(*values) == reason
+    least = least_flops(op.spec, case_of(op, name), "fwd")
+    assert (least < op.spec.flops(op.spec.check(*values))) == (reason is None)
+
+
+def test_the_floor_is_that_of_the_least_work():
+    ceilings = {"copy_tb_s": 3.0, "bf16_tflop_s": 700.0}
+    floor = floor_ms(READ.spec, case_of(READ, "up"), "fwd", BF16, ceilings)
+    assert floor == pytest.approx(32 * 7650410496 / 700e9)
+
+
+def test_explain_has_both_algorithms_and_why_a_backend_declines():
+    values = make_values(WRITE.spec, case_of(WRITE, "odd"), torch.float32, "cpu")
+    assert choose(WRITE.spec, None, values).name == "eager"
+    text = explain(WRITE.spec, *values)
+    assert "absorbed 8.42e-05 GFLOP, projected 6.71e-05 GFLOP" in text
+    assert "projected  can, but declines: no attention core is known to be better" in text
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Tensors without data that are on a GPU of the kind that was measured."""
+    monkeypatch.setattr(cores, "_measured", lambda device: True)
+    with FakeTensorMode():
+        yield
+
+
+def on_gpu(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def chosen(queries=24, keys=4608, head_dim=64, *, dtype=BF16, masked=False, tracked=False):
+    like = on_gpu(2, 16, queries, head_dim, dtype=dtype)
+    return core(like, queries, keys, head_dim, masked=masked, tracked=tracked)
+
+
+def test_the_core_is_the_fastest_that_takes_the_call(hopper, monkeypatch):
+    assert chosen() == chosen(4608, 24) == chosen(dtype=torch.float16) == "cudnn"
+    assert chosen(tracked=True) == "cudnn" and chosen(4608, 24, tracked=True) == "efficient"
+    for refused in (
+        {"dtype": torch.float32},
+        {"head_dim": 20},
+        {"head_dim": 136},
+        {"queries": 1},
+        {"keys": 1},
+        {"masked": True},
+    ):
+        assert chosen(**refused) is None, refused
+    assert core(torch.empty(2, 4, dtype=BF16), 4, 4, 64, masked=False, tracked=False) is None
+    assert core(on_gpu(0, 4), 4, 4, 64, masked=False, tracked=False) is None
+
+
+def test_the_core_is_pytorchs_choice_where_the_user_has_spoken(hopper, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert chosen() is None and chosen(4608, 24, tracked=True) == "efficient"
+    monkeypatch.setattr(torch.backends.cuda, "mem_efficient_sdp_enabled", lambda: False)
+    assert chosen(4608, 24, tracked=True) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(cores, "_measured", lambda device: True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen() is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(24, 4608), (4608, 24)])
+def test_the_core_that_is_best_is_called(hopper, monkeypatch, queries, keys, tracked):
+    """Its output lies as linear left q, so that o needs no copy of it."""
+    q, k, v = (
+        on_gpu(2, tokens, 16 * 64).unflatten(-1, (16, 64)).transpose(1, 2)
+        for tokens in (queries, keys, keys)
+    )
+    plain = []
+    monkeypatch.setattr(projected, "scaled_dot_product_attention", lambda *_, **__: plain.append(1))
+    monkeypatch.setattr(
+        projected, "core", lambda *_, **how: core(*_, masked=False, tracked=tracked)
+    )
+    out = projected._attention(q, k, v, None)
+    assert not plain and out.shape == q.shape and out.is_cuda and out.dtype == BF16
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("op", [READ, WRITE], ids=lambda op: op.spec.name)
+def test_projected_does_not_decline_where_a_core_is_better(op, hopper):
+    up = make_values(op.spec, case_of(op, "up"), BF16, "meta")
+    first, second, weights, *options = up
+    on = [on_gpu(*one.shape) for one in (first, second)]
+    values = (*on, weights, *options)
+    assert op.spec.backend("projected").declines(*values) is None
+
+
+def strided(values):
+    return tuple(
+        one.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        if isinstance(one, torch.Tensor) and one.dim() == 4
+        else one
+        for one in values
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "projected", "eager", "reference"])
+@pytest.mark.parametrize("op", [READ, WRITE], ids=lambda op: op.spec.name)
+def test_the_output_is_contiguous_whatever_the_strides(op, backend):
+    values = strided(make_values(op.spec, case_of(op, "odd"), torch.float32, "cpu"))
+    assert not values[0].is_contiguous()
+    assert call(op, values, backend).is_contiguous()
+
+
+def test_a_mask_is_part_of_the_registered_op():
+    values = make_values(READ.spec, case_of(READ, "masked"), torch.float32, "cpu")
+    for leaf in leaves(READ.spec, values):
+        leaf.requires_grad_()
+    flat = (*READ.spec.flatten(values), *values[len(READ.spec.inputs) :])
+    torch.library.opcheck(torch.ops.snapkernels.group_read.default, flat)
+
+
+@pytest.mark.parametrize("op", [READ, WRITE], ids=lambda op: op.spec.name)
+def test_work_is_counted_once(op):
+    values = make_values(op.spec, case_of(op, "odd"), torch.float32, "cpu")
+    for leaf in leaves(op.spec, values):
+        leaf.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        call(op, values).sum().backward()
+    assert counter.get_total_flops() == 3 * op.spec.flops(op.spec.check(*values))
