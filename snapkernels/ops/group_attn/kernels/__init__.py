@@ -1,0 +1,1 @@
+"""The kernels of group_read and group_write, a file a step."""
