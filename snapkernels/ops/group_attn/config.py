@@ -17,7 +17,8 @@ TRITON_COLUMNS = {2: 192, 4: 64}  # of scores, of a program: whole heads, so at 
 TRITON_LEAST_COLUMNS = 16  # of a product
 TRITON_LEAST_REST = 8  # latents of a head's second piece: fewer are no 16-byte store
 TRITON_SCORES_CHANNELS = {2: 64, 4: 32}  # of C at once
-TRITON_STATS_CHANNELS = {2: 128, 4: 64}  # of C at once for mean and variance
+TRITON_STATS_CHANNELS = {2: 64, 4: 32}  # of C at once for mean and variance: 128 spill on sm_80
+TRITON_STATS_STAGES = 4  # of their loads, which nothing else hides
 TRITON_SCORES_WARPS = 8
 TRITON_SCORES_STAGES = 3  # 40 KB each
 

@@ -29,6 +29,7 @@ def context_kernel(
     p_shift,
     p_context,
     tokens,
+    blocks,
     groups,
     HEADS: tl.constexpr,
     LATENTS: tl.constexpr,
@@ -47,7 +48,6 @@ def context_kernel(
     j_J = tl.program_id(0) // parts_d % parts_j * BLOCK_J + tl.arange(0, BLOCK_J)
     d_D = tl.program_id(0) % parts_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_J, m_D = j_J < COLUMNS, d_D < DIM
-    blocks = tl.cdiv(tokens, BLOCK_M)
     at_J = g * blocks * COLUMNS + j_J
     most_J, total_J, moment_J = joined(
         p_most + at_J, p_total + at_J, p_moment + at_J, m_J, blocks, COLUMNS, BLOCK_J, BLOCK_K
@@ -122,7 +122,7 @@ def context(
     num_heads: int,
 ) -> torch.Tensor:
     """context_HRC in the dtype of the tokens x; norm_bias where a group has nothing to read."""
-    (groups, tokens, width), columns = x_GNC.shape, scores.P_GNJ.shape[2]
+    (groups, tokens, width), columns = x_GNC.shape, scores.P.shape[2]
     item, latents = x_GNC.element_size(), columns // num_heads
     context_HRC = x_GNC.new_empty(num_heads, groups * latents, width)
     block_j = config.block(columns, config.TRITON_CONTEXT_ROWS[item])
@@ -131,15 +131,16 @@ def context(
     with torch.cuda.device_of(x_GNC):  # Triton launches on the current device
         context_kernel[grid](
             x_GNC,
-            scores.P_GNJ,
-            scores.mean_GN,
-            scores.most_GKJ,
-            scores.total_GKJ,
-            scores.moment_GKJ,
+            scores.P,
+            scores.mean,
+            scores.most,
+            scores.total,
+            scores.moment,
             norm_weight_C.contiguous(),
             norm_bias_C.contiguous(),
             context_HRC,
             tokens,
+            scores.most.shape[1],
             groups,
             num_heads,
             latents,

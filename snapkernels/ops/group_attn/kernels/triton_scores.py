@@ -24,19 +24,25 @@ import triton.language as tl
 
 from snapkernels.ops.group_attn import config
 
-class ReadScores(NamedTuple):
-    """What the read's second pass needs.
+STATS_STAGES = tl.constexpr(config.TRITON_STATS_STAGES)
 
-    P_GNJ in the tokens' dtype; mean_GN; of every block of `block` tokens and column: the largest
-    score `most`, the sum of exp2(score - most) `total`, and `moment`, the sum of P, as rounded,
-    times the tokens' means (G, blocks, J). Float32 but for P.
+
+class ReadScores(NamedTuple):
+    """What the read's second pass needs, float32 but for P.
+
+    Attributes:
+        P: (G, N, J) in the tokens' dtype.
+        mean: (G, N).
+        most: (G, blocks, J), of every block of `block` tokens and column the largest score.
+        total: likewise the sum of exp2(score - most).
+        moment: likewise the sum of P, as it is rounded, times the tokens' means.
     """
 
-    P_GNJ: torch.Tensor
-    mean_GN: torch.Tensor
-    most_GKJ: torch.Tensor
-    total_GKJ: torch.Tensor
-    moment_GKJ: torch.Tensor
+    P: torch.Tensor
+    mean: torch.Tensor
+    most: torch.Tensor
+    total: torch.Tensor
+    moment: torch.Tensor
     block: int
 
 
@@ -55,7 +61,7 @@ def statistics(
     """
     mean_M = tl.zeros((BLOCK_M,), tl.float32)
     squares_M = tl.zeros((BLOCK_M,), tl.float32)
-    for c in range(0, DIM, BLOCK_C):
+    for c in tl.range(0, DIM, BLOCK_C, num_stages=STATS_STAGES):
         x_MC = load_tokens(p_x, m_M, c, DIM, BLOCK_M, BLOCK_C).to(tl.float32)
         count = tl.minimum(DIM - c, BLOCK_C)
         mean_of_slice_M = tl.sum(x_MC, axis=1) / count
@@ -270,19 +276,19 @@ def read_scores_kernel(
     k = (g * tl.cdiv(tokens, BLOCK_M) + tile) * J
     p_sums += g * J
     p_P += n * J
-    j_F, m_F = columns(h, 0, HEADS, LATENTS, BLOCK_H, FIRST)
-    first_MF = scaled(first_MF, p_sums, j_F, m_F, mean_M, rstd_M, CENTRE_FIRST)
-    store_read(
-        first_MF, j_F, m_F, m_M, m_read_M, mean_M, rstd_M, p_P, p_most + k, p_total + k,
-        p_moment + k, J, BLOCK_M,
-    )  # fmt: skip
-    if REST:
+    if REST:  # before the first piece, which has more registers
         j_R, m_R = columns(h, FIRST, HEADS, LATENTS, BLOCK_H, REST)
         rest_MR = scaled(rest_MR, p_sums, j_R, m_R, mean_M, rstd_M, CENTRE_FIRST)
         store_read(
             rest_MR, j_R, m_R, m_M, m_read_M, mean_M, rstd_M, p_P, p_most + k, p_total + k,
             p_moment + k, J, BLOCK_M,
         )  # fmt: skip
+    j_F, m_F = columns(h, 0, HEADS, LATENTS, BLOCK_H, FIRST)
+    first_MF = scaled(first_MF, p_sums, j_F, m_F, mean_M, rstd_M, CENTRE_FIRST)
+    store_read(
+        first_MF, j_F, m_F, m_M, m_read_M, mean_M, rstd_M, p_P, p_most + k, p_total + k,
+        p_moment + k, J, BLOCK_M,
+    )  # fmt: skip
 
 
 @triton.jit
