@@ -26,7 +26,7 @@ TRITON_SCORES_STAGES = 3  # 40 KB each
 TRITON_CONTEXT_ROWS = {2: 128, 4: 32}
 TRITON_CONTEXT_CHANNELS = {2: 128, 4: 32}
 TRITON_CONTEXT_WARPS = 8
-TRITON_CONTEXT_STAGES = 2  # 64 KB each
+TRITON_CONTEXT_STAGES = 3  # 64 KB each; with 2 a step's loads begin when the one before has ended
 TRITON_CONTEXT_BLOCKS = 16  # blocks of tokens whose maxima are read at once
 
 # The write's update: tokens by channels, columns of P streamed.

@@ -1,10 +1,12 @@
 """The scores of an absorbed cross-attention in Triton: from patch tokens and A to P.
 
 A program takes a block of tokens of one group and some heads. It reads the tokens twice, for mean
-and variance and then, out of L2, for the product x A^T. 16-bit tokens are multiplied as they are,
-and what the mean adds to the product is taken off in float32: mean times the sum of A's row, of A
-as it is rounded, so nothing is lost to a rounding however large the mean. Tokens in float32 have
-the mean taken off before, since the product rounds as they do.
+and variance and then, out of L2, for the product x A^T. In one loop it would be a race: of a tile
+that registers read beside wgmma, Triton 3.6 has a buffer too few, as its TTGIR shows.
+
+16-bit tokens are multiplied as they are, and what the mean adds to the product is taken off in
+float32: mean times the sum of A's row, of A as it is rounded, so nothing is lost to a rounding
+however large the mean. Tokens in float32, whose product rounds as they do, are centred before it.
 
 The write's P is the softmax over the latents of each head. The read's softmax is over tokens, of
 which a program has a part: its P is exp2(score - m) / standard deviation of the token, with m the
