@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from snapkernels.ops.group_attn import eager, reference
+from snapkernels.ops.group_attn import config, eager, reference
 from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
 from snapkernels.spec import Backend, Case, Fields, Mutant, Probe, Sizes, Spec, Tensor
 
@@ -71,6 +71,9 @@ _CASES = (
     _shapes("odd", "cpu", (2, 3, 5, 20), (7, 14), 12, 3, dtypes=(BF16, FP32, FP64)),
     # One past a tile of 16 latents and of 128 patches, heads of 20.
     _shapes("ragged", "cpu", (1, 2, 17, 36), (129, 28), 40, 2),
+    # Latents of a head in two pieces, one past a tile of 128 patches; 16-bit tokens, whose mean is
+    # taken off after the product, have kernels of their own.
+    _shapes("sixteen-bit", "cpu", (1, 2, 24, 24), (129, 20), 24, 3, dtypes=(BF16,)),
     _shapes("one-latent", "cpu", (2, 2, 1, 16), (9, 24), 16, 4),
     _shapes("many-groups", "cpu", (2, 40, 3, 16), (5, 8), 8, 2),
     _shapes("one-head", "cpu", (1, 2, 4, 48), (6, 64), 48, 1),
@@ -86,6 +89,60 @@ _MASKED = (
     _shapes("masked", "cpu", (3, 8, 3, 12), (2, 20), 12, 2, mask=True),
     _shapes("masked-conditioning", "cpu", (3, 1, 9, 20), (37, 16), 16, 2, mask=True),
 )
+
+_KERNELS = "snapkernels.ops.group_attn.kernels.triton_kernels"
+_SASS = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)}
+
+
+def _triton_bug(name: str, module: str, find: str, replace: str) -> Mutant:
+    """A bug of the Triton backend, in kernels/triton_<module>.py."""
+    file = f"triton_{module}"
+    return Mutant(name=name, backend="triton", module=file, find=find, replace=replace)
+
+
+_TRITON_BUGS = (
+    _triton_bug("scale 1 % high", "kernels", "-0.5 * LOG2_E", "-0.5 * LOG2_E * 1.01"),
+    _triton_bug("mean left in float32 scores", "scores", "x_MC -= mean_M[:, None]", "pass"),
+    _triton_bug(
+        "mean left in 16-bit scores", "scores", "product_MS -= mean_M[:, None] * sums_S[None, :]",
+        "pass",
+    ),
+    _triton_bug(
+        "latents of the second piece from 0", "scores", "h_S, l_S = h + s_S // PIECE, first + s_S",
+        "h_S, l_S = h + s_S // PIECE, s_S",
+    ),
+)  # fmt: skip
+_READ_BUGS = (
+    _triton_bug("groups swapped", "context", "* groups + g) *", "* groups + groups - 1 - g) *"),
+    _triton_bug("last block dropped", "context", "in range(blocks):", "in range(blocks - 1):"),
+    _triton_bug("blocks not at one maximum", "context", "of_block_J - most_J", "0 * most_J"),
+    _triton_bug("means left in the context", "context", "sum_JD -= moment_J[:, None]", "pass"),
+    _triton_bug(
+        "first token of each block dropped", "scores", "m_read_M = m_M",
+        "m_read_M = m_M & (tl.arange(0, BLOCK_M) > 0)",
+    ),
+    _triton_bug("padding counted", "scores", "m_read_M = m_M", "m_read_M = m_M | (mean_M == 0)"),
+    _triton_bug("mask ignored", "scores", "other=0) != 0", "other=0) >= 0"),
+    _triton_bug("nothing to read gives v's bias", "latents", "(readable_R != 0)", "(r_R >= 0)"),
+    _triton_bug("residual left out", "latents", "residual=residual_RD.contiguous(),", ""),
+)  # fmt: skip
+_WRITE_BUGS = (
+    _triton_bug(
+        "groups swapped", "update", "p_values += g * COLUMNS",
+        "p_values += (tl.num_programs(0) // parts // tiles - 1 - g) * COLUMNS",
+    ),
+    _triton_bug(
+        "last columns dropped", "update", "range(0, COLUMNS, BLOCK_J)",
+        "range(0, COLUMNS - COLUMNS % BLOCK_J, BLOCK_J)",
+    ),
+    _triton_bug("padding counted", "scores", "mask=m_S, other=-1e30", "mask=m_S, other=0.0"),
+    _triton_bug(
+        "score bias left out", "latents", "p_bias + j_R, bias_R", "p_bias + j_R, 0 * bias_R"
+    ),
+    _triton_bug(
+        "residual left out", "update", "sum_MD += tl.load(p_x", "sum_MD += 0 * tl.load(p_x"
+    ),
+)  # fmt: skip
 
 _DROPPED_KEY = Mutant(
     name="first key of each group dropped",
@@ -112,6 +169,7 @@ GROUP_READ = Spec(
     output=Tensor("B G L D"),
     backends=(
         Backend(name="eager", run=eager.cross_attention),
+        Backend(name="triton", run=f"{_KERNELS}:group_read", refuses=config.triton_refuses_read),
         Backend(name="reference", run=reference.cross_attention),
     ),
     reference=reference.cross_attention,
@@ -142,10 +200,13 @@ GROUP_READ = Spec(
             find="if readable is not None:",
             replace="if False:",
         ),
+        *_TRITON_BUGS,
+        *_READ_BUGS,
     ),
     probe=Probe(tokens="patches", zeros=("latents", *_ZEROS)),
     flops=_flops("L", "N"),
     residual="latents",
+    sass=_SASS,
     backward_reads=("latents", "patches", "weights", "mask"),
 )
 
@@ -160,6 +221,7 @@ GROUP_WRITE = Spec(
     output=Tensor("B G N D"),
     backends=(
         Backend(name="eager", run=eager.group_write),
+        Backend(name="triton", run=f"{_KERNELS}:group_write", refuses=config.triton_refuses_write),
         Backend(name="reference", run=reference.group_write),
     ),
     reference=reference.group_write,
@@ -190,9 +252,12 @@ GROUP_WRITE = Spec(
             find="return q_tokens + linear(",
             replace="return linear(",
         ),
+        *_TRITON_BUGS,
+        *_WRITE_BUGS,
     ),
     probe=Probe(tokens="latents", zeros=("patches", *_ZEROS)),
     flops=_flops("N", "L"),
     residual="patches",
+    sass=_SASS,
     backward_reads=("patches", "latents", "weights"),
 )
