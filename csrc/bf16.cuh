@@ -1,4 +1,4 @@
-// Two bfloat16 in a word, the first in its low half; and 2^x, to two units in the last place.
+// Two bfloat16 in a word, the first in its low half; and 2^x and 1 / x in one instruction.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +14,18 @@ __device__ inline uint32_t bf16_pair(float low, float high) {
   return pair;
 }
 
+// 2^x, to two units in the last place.
 __device__ inline float exp2_fast(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+
+// 1 / x, to one unit.
+__device__ inline float reciprocal_fast(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
 }
 
 }  // namespace snapkernels

@@ -68,8 +68,9 @@ __device__ inline void add_blocks(AverageTotals& totals, const GroupReadArgument
   mean += __shfl_xor_sync(~0u, mean, 1);
   if (half == 0) {
     totals.most[column] = most;
-    totals.scale[column] = 1 / sum;
-    totals.mean[column] = mean / sum;
+    const float scale = reciprocal_fast(sum);
+    totals.scale[column] = scale;
+    totals.mean[column] = mean * scale;
   }
 }
 

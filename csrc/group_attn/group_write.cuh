@@ -139,7 +139,7 @@ __device__ inline void softmax_heads(Weights& weights, Scores& scores, const Mom
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
       sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
-      sum[i] = 1 / sum[i];
+      sum[i] = reciprocal_fast(sum[i]);
     }
 #pragma unroll
     for (int block = head * kBlocks; block < (head + 1) * kBlocks; ++block) {

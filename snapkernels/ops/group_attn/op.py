@@ -36,8 +36,8 @@ def group_read(
         mask: (B, G, N) bool, True where a patch may be read. A latent whose group has none gets
             zero attention, so its branch is o's bias.
         eps: of both LayerNorms.
-        backend: "projected", "eager" or "reference"; None takes the first that can run this call
-            and expects to be fastest.
+        backend: "cuda" and "triton", which have no backward, "projected", "eager" or "reference";
+            None takes the first that can run this call and expects to be fastest.
 
     Returns:
         (B, G, L, D), the latents with the branch added, contiguous.
@@ -45,6 +45,7 @@ def group_read(
     Raises:
         ValueError: shapes, dtypes or devices that disagree, num_heads that does not divide I, or
             an unknown backend, or one that cannot run this call.
+        NotImplementedError: a named backend has no backward, and the call is to be differentiated.
     """
     return _group_read(latents, patches, weights, mask, num_heads, eps, backend)
 
@@ -73,7 +74,7 @@ def group_write(
         (B, G, N, D), the patches with the branch added, contiguous.
 
     Raises:
-        ValueError: as in `group_read`.
+        ValueError, NotImplementedError: as in `group_read`.
     """
     return _group_write(patches, latents, weights, num_heads, eps, backend)
 

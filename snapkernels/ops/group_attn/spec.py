@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from snapkernels.ops.group_attn import cores, cost, eager, peers, reference
+from snapkernels.ops.group_attn import bugs, config, cores, cost, eager, peers, reference
 from snapkernels.ops.group_attn.kernels import projected
 from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
 from snapkernels.spec import Backend, Case, Fields, Mutant, Probe, Sizes, Spec, Tensor
@@ -66,21 +66,33 @@ _CASES = (
     _shapes("odd", "cpu", (2, 3, 5, 20), (7, 14), 12, 3, dtypes=(BF16, FP32, FP64)),
     # One past a tile of 16 latents and of 128 patches, heads of 20.
     _shapes("ragged", "cpu", (1, 2, 17, 36), (129, 28), 40, 2),
+    # Latents of a head in two pieces, one past a tile of 128 patches; 16-bit tokens, whose mean is
+    # taken off after the product, have kernels of their own.
+    _shapes("sixteen-bit", "cpu", (1, 2, 24, 24), (129, 20), 24, 3, dtypes=(BF16,)),
     _shapes("one-latent", "cpu", (2, 2, 1, 16), (9, 24), 16, 4),
     _shapes("many-groups", "cpu", (2, 40, 3, 16), (5, 8), 8, 2),
     _shapes("one-head", "cpu", (1, 2, 4, 48), (6, 64), 48, 1),
     _shapes("heads-of-one", "cpu", (1, 3, 4, 10), (5, 12), 6, 6),
     # Next to the variance of the inputs, 1e-6 is nothing.
     _shapes("large-eps", "cpu", (2, 2, 3, 12), (5, 20), 12, 2, eps=0.1),
-    _shapes("up", "paper", (1, 32, 24, 3072), (4608, 1024), 1024, 16, dtypes=(BF16,)),
-    _shapes("3.9b-b16", "paper", (16, 8, 96, 3072), (320, 1024), 1024, 16, dtypes=(BF16,)),
-    _shapes("500m-b64", "paper", (64, 8, 64, 1024), (320, 768), 768, 16, dtypes=(BF16,)),
 )
 _MASKED = (
     # Half the patches are masked, so of two in a group a quarter of the groups has none to read.
     _shapes("masked", "cpu", (3, 8, 3, 12), (2, 20), 12, 2, mask=True),
     _shapes("masked-conditioning", "cpu", (3, 1, 9, 20), (37, 16), 16, 2, mask=True),
 )
+_LARGE = (
+    # What the CUDA kernels take: an odd number of tiles, and, of write, a ragged last one.
+    _shapes("three-tiles", "cpu", (1, 2, 24, 40), (384, 256), 128, 16, dtypes=(BF16,)),
+    _shapes("ragged-tiles", "cpu", (2, 1, 24, 40), (200, 256), 128, 16, dtypes=(BF16,)),
+    _shapes("up", "paper", (1, 32, 24, 3072), (4608, 1024), 1024, 16, dtypes=(BF16,)),
+    _shapes("3.9b-b16", "paper", (16, 8, 96, 3072), (320, 1024), 1024, 16, dtypes=(BF16,)),
+    _shapes("500m-b64", "paper", (64, 8, 64, 1024), (320, 768), 768, 16, dtypes=(BF16,)),
+)
+
+_KERNELS = "snapkernels.ops.group_attn.kernels"
+_SASS = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)}
+
 
 _DROPPED_KEY = Mutant(
     name="first key of each group dropped",
@@ -106,12 +118,26 @@ GROUP_READ = Spec(
     rules=("I / num_heads",),
     output=Tensor("B G L D"),
     backends=(
+        Backend(
+            name="cuda",
+            run=f"{_KERNELS}.cuda:group_read",
+            differentiable=False,
+            refuses=config.cuda_refuses_read,
+            declines=cost.absorbed_declines_read,
+        ),
+        Backend(
+            name="triton",
+            run=f"{_KERNELS}.triton_kernels:group_read",
+            differentiable=False,
+            refuses=config.triton_refuses_read,
+            declines=cost.absorbed_declines_read,
+        ),
         Backend(name="projected", run=projected.group_read, declines=cores.projected_declines_read),
         Backend(name="eager", run=eager.cross_attention),
         Backend(name="reference", run=reference.cross_attention),
     ),
     reference=reference.cross_attention,
-    cases=tuple(read for read, _ in _CASES + _MASKED),
+    cases=tuple(read for read, _ in _CASES + _MASKED + _LARGE),
     mutants=(
         Mutant(
             name="groups and videos swapped",
@@ -150,6 +176,7 @@ GROUP_READ = Spec(
             find="if readable is None else",
             replace="if True else",
         ),
+        *bugs.READ,
     ),
     probe=Probe(tokens="patches", zeros=("latents", *_ZEROS)),
     flops=_in_all(cost.projected_read_flops),
@@ -160,6 +187,7 @@ GROUP_READ = Spec(
     residual="latents",
     compiled_beside=True,
     peers=peers.READ,
+    sass=_SASS,
     backward_reads=("latents", "patches", "weights", "mask"),
 )
 
@@ -174,13 +202,27 @@ GROUP_WRITE = Spec(
     output=Tensor("B G N D"),
     backends=(
         Backend(
+            name="cuda",
+            run=f"{_KERNELS}.cuda:group_write",
+            differentiable=False,
+            refuses=config.cuda_refuses_write,
+            declines=cost.absorbed_declines_write,
+        ),
+        Backend(
+            name="triton",
+            run=f"{_KERNELS}.triton_kernels:group_write",
+            differentiable=False,
+            refuses=config.triton_refuses_write,
+            declines=cost.absorbed_declines_write,
+        ),
+        Backend(
             name="projected", run=projected.group_write, declines=cores.projected_declines_write
         ),
         Backend(name="eager", run=eager.group_write),
         Backend(name="reference", run=reference.group_write),
     ),
     reference=reference.group_write,
-    cases=tuple(write for _, write in _CASES),
+    cases=tuple(write for _, write in _CASES + _LARGE),
     mutants=(
         _DROPPED_KEY,
         Mutant(
@@ -213,6 +255,7 @@ GROUP_WRITE = Spec(
             find="return by_head(k), by_head(v)",
             replace="return by_head(v), by_head(k)",
         ),
+        *bugs.WRITE,
     ),
     probe=Probe(tokens="latents", zeros=("patches", *_ZEROS)),
     flops=_in_all(cost.projected_write_flops),
@@ -223,5 +266,6 @@ GROUP_WRITE = Spec(
     residual="patches",
     compiled_beside=True,
     peers=peers.WRITE,
+    sass=_SASS,
     backward_reads=("patches", "latents", "weights"),
 )

@@ -1,1 +1,1 @@
-"""The backends of group_read and group_write, one a file."""
+"""The backends of group_read and group_write; of Triton a file a step."""

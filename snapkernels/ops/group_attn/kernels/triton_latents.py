@@ -1,0 +1,366 @@
+"""The latents' small products around an absorbed cross-attention, in Triton.
+
+Where a group's latents are few, W_k of the read (W_q of the write) is multiplied into the latents
+instead of the patches: A has a row for every head and latent, as wide as a patch token. Likewise
+the write's values are multiplied by W_o first, and the read's context by W_v last.
+
+Legend: G groups of all videos, L latents of a group, R = G L rows of latents, H heads, E channels
+of a head, I = H E, J = H L columns of scores, j = h L + l, C width of a patch token, D width of
+the side that is updated. In kernels: R rows, O columns, K or E terms of a program's product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from snapkernels.ops.group_attn import config
+
+
+@triton.jit
+def absorb_kernel(
+    p_heads,
+    p_weight,
+    p_gain,
+    p_shift,
+    p_q_bias,
+    p_A,
+    p_sums,
+    p_bias,
+    rows,
+    scale,
+    LATENTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A of one head and a block of latents, its sums over C, and the write's score bias.
+
+    A program goes over all of C, so that the sums need no second pass and no atomics.
+    """
+    h = tl.program_id(0) % HEADS
+    r_R = (tl.program_id(0) // HEADS * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    m_R = r_R < rows
+    j_R = (r_R // LATENTS * HEADS + h) * LATENTS + r_R % LATENTS
+    sums_R = tl.zeros((BLOCK_R,), tl.float32)
+    bias_R = tl.zeros((BLOCK_R,), tl.float32)
+    for c in range(0, DIM, BLOCK_C):
+        c_C = c + tl.arange(0, BLOCK_C)
+        m_C = c_C < DIM
+        product_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for e in range(0, WIDTH, BLOCK_E):
+            e_E = e + tl.arange(0, BLOCK_E)
+            m_E = e_E < WIDTH
+            p_RE = p_heads + r_R[:, None] * (HEADS * WIDTH) + (h * WIDTH + e_E)[None, :]
+            heads_RE = tl.load(p_RE, mask=m_R[:, None] & m_E[None, :], other=0.0)
+            p_EC = p_weight + (h * WIDTH + e_E)[:, None] * DIM + c_C[None, :]
+            weight_EC = tl.load(p_EC, mask=m_E[:, None] & m_C[None, :], other=0.0)
+            product_RC = tl.dot(heads_RE, weight_EC, product_RC, input_precision="ieee")
+        product_RC *= scale
+        gain_C = tl.load(p_gain + c_C, mask=m_C, other=0.0).to(tl.float32)
+        A_RC = (product_RC * gain_C[None, :]).to(p_A.dtype.element_ty)
+        p_RC = p_A + j_R[:, None] * DIM + c_C[None, :]
+        tl.store(p_RC, A_RC, mask=m_R[:, None] & m_C[None, :])
+        sums_R += tl.sum(A_RC.to(tl.float32), axis=1)
+        if BIASED:
+            shift_C = tl.load(p_shift + c_C, mask=m_C, other=0.0).to(tl.float32)
+            bias_R += tl.sum(product_RC * shift_C[None, :], axis=1)
+    tl.store(p_sums + j_R, sums_R, mask=m_R)
+    if BIASED:
+        for e in range(0, WIDTH, BLOCK_E):
+            e_E = e + tl.arange(0, BLOCK_E)
+            m_E = e_E < WIDTH
+            p_RE = p_heads + r_R[:, None] * (HEADS * WIDTH) + (h * WIDTH + e_E)[None, :]
+            heads_RE = tl.load(p_RE, mask=m_R[:, None] & m_E[None, :], other=0.0)
+            q_bias_E = tl.load(p_q_bias + h * WIDTH + e_E, mask=m_E, other=0.0).to(tl.float32)
+            bias_R += tl.sum(heads_RE.to(tl.float32) * (q_bias_E * scale)[None, :], axis=1)
+        tl.store(p_bias + j_R, bias_R, mask=m_R)
+
+
+@triton.jit
+def product_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_readable,
+    p_residual,
+    p_y,
+    rows,
+    x_head,
+    x_row,
+    weight_head,
+    weight_row,
+    y_head,
+    y_group,
+    y_row,
+    LATENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_READABLE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = x weight^T (+ bias, of each head its own) (0 of an unreadable row) (+ residual).
+
+    Program (tile, head). Heads lie `x_head`, `weight_head` and `y_head` elements apart, groups of
+    y `y_group`, and rows, of y within a group, `x_row`, `weight_row` and `y_row`. The residual
+    lies as y does. IN_ORDER: of 32 columns of y, 8 b + 2 q + e is column 8 q + 2 b + e of the
+    product, b and q 0 to 3 and e 0 or 1, which the lanes of csrc/group_attn have together.
+    """
+    h = tl.program_id(1).to(tl.int64)
+    tiles: tl.constexpr = (COLUMNS + BLOCK_O - 1) // BLOCK_O
+    r_R = (tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    o_O = tl.program_id(0) % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    m_R, m_O = r_R < rows, o_O < COLUMNS
+    weight_O = o_O
+    if IN_ORDER:
+        weight_O = o_O // 32 * 32 + o_O % 8 // 2 * 8 + o_O % 32 // 8 * 2 + o_O % 2
+    y_RO = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        k_K = k + tl.arange(0, BLOCK_K)
+        m_K = k_K < DEPTH
+        p_RK = p_x + h * x_head + r_R[:, None] * x_row + k_K[None, :]
+        x_RK = tl.load(p_RK, mask=m_R[:, None] & m_K[None, :], other=0.0)
+        p_KO = p_weight + h * weight_head + k_K[:, None] + weight_O[None, :] * weight_row
+        weight_KO = tl.load(p_KO, mask=m_K[:, None] & m_O[None, :], other=0.0)
+        y_RO = tl.dot(x_RK, weight_KO, y_RO, input_precision="ieee")
+    if HAS_BIAS:
+        bias_O = tl.load(p_bias + h * COLUMNS + o_O, mask=m_O, other=0.0)
+        y_RO += bias_O.to(tl.float32)[None, :]
+    if HAS_READABLE:
+        readable_R = tl.load(p_readable + r_R, mask=m_R, other=0)
+        y_RO = tl.where((readable_R != 0)[:, None], y_RO, 0.0)
+    at_R = r_R // LATENTS * y_group + r_R % LATENTS * y_row
+    at_RO = h * y_head + at_R[:, None] + o_O[None, :]
+    m_RO = m_R[:, None] & m_O[None, :]
+    if HAS_RESIDUAL:
+        y_RO += tl.load(p_residual + at_RO, mask=m_RO, other=0.0).to(tl.float32)
+    tl.store(p_y + at_RO, y_RO.to(p_y.dtype.element_ty), mask=m_RO)
+
+
+def absorbed(
+    heads_RI: torch.Tensor,
+    weight_IC: torch.Tensor,
+    norm_weight_C: torch.Tensor,
+    num_heads: int,
+    groups: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A_GJC, sums_GJ): A[h L + l] = norm_weight * (heads_h[l] weight_h) * scale, rounded.
+
+    `sums_GJ`, float32, are the sums over C of A as it was rounded: a product with tokens whose
+    mean is taken off afterwards needs those.
+    """
+    A_GJC, sums_GJ, _ = _absorb(
+        heads_RI, weight_IC, norm_weight_C, None, None, num_heads, groups, scale
+    )
+    return A_GJC, sums_GJ
+
+
+def absorbed_biased(
+    heads_RI: torch.Tensor,
+    weight_IC: torch.Tensor,
+    norm_weight_C: torch.Tensor,
+    norm_bias_C: torch.Tensor,
+    q_bias_I: torch.Tensor,
+    num_heads: int,
+    groups: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(A_GJC, sums_GJ, bias_GJ): as `absorbed`, and what a column of the write's scores is off by.
+
+    bias[h L + l] = scale * (norm_bias . (heads_h[l] weight_h) + heads_h[l] . q_bias_h), float32.
+    """
+    return _absorb(
+        heads_RI, weight_IC, norm_weight_C, norm_bias_C, q_bias_I, num_heads, groups, scale
+    )
+
+
+def _absorb(
+    heads_RI: torch.Tensor,
+    weight_IC: torch.Tensor,
+    norm_weight_C: torch.Tensor,
+    norm_bias_C: torch.Tensor | None,
+    q_bias_I: torch.Tensor | None,
+    num_heads: int,
+    groups: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (rows, inner), width, item = heads_RI.shape, weight_IC.shape[1], heads_RI.element_size()
+    latents, channels = rows // groups, inner // num_heads
+    A_GJC = heads_RI.new_empty(groups, num_heads * latents, width)
+    sums_GJ = heads_RI.new_empty(A_GJC.shape[:2], dtype=torch.float32)
+    biased = norm_bias_C is not None and q_bias_I is not None
+    bias_GJ = torch.empty_like(sums_GJ) if biased else sums_GJ
+    gain = norm_weight_C.contiguous()
+    block_r = config.block(rows, config.TRITON_LATENT_ROWS[item])
+    with torch.cuda.device_of(heads_RI):  # Triton launches on the current device
+        absorb_kernel[(triton.cdiv(rows, block_r) * num_heads,)](
+            heads_RI.contiguous(),
+            weight_IC.contiguous(),
+            gain,
+            gain if norm_bias_C is None else norm_bias_C.contiguous(),
+            gain if q_bias_I is None else q_bias_I.contiguous(),
+            A_GJC,
+            sums_GJ,
+            bias_GJ,
+            rows,
+            scale,
+            latents,
+            num_heads,
+            channels,
+            width,
+            biased,
+            block_r,
+            config.block(width, config.TRITON_LATENT_COLUMNS[item]),
+            config.block(channels, config.TRITON_LATENT_DEPTH[item]),
+            num_warps=config.TRITON_LATENT_WARPS,
+            num_stages=config.TRITON_LATENT_STAGES,
+        )
+    return A_GJC, sums_GJ, bias_GJ
+
+
+def values(
+    heads_RI: torch.Tensor,
+    o_weight_DI: torch.Tensor,
+    num_heads: int,
+    groups: int,
+    *,
+    in_order: bool = False,
+) -> torch.Tensor:
+    """C_GJD: row h L + l is heads_h[l] o_weight_h^T, rounded: what P's column adds to a token.
+
+    `in_order`: D is in the order that `product_kernel` has for csrc/group_attn.
+    """
+    (rows, inner), width = heads_RI.shape, o_weight_DI.shape[0]
+    latents, channels = rows // groups, inner // num_heads
+    C_GJD = heads_RI.new_empty(groups, num_heads * latents, width)
+    _launch(
+        heads_RI.contiguous(),
+        o_weight_DI.contiguous(),
+        C_GJD,
+        rows=rows,
+        heads=num_heads,
+        latents=latents,
+        columns=width,
+        depth=channels,
+        x_strides=(channels, inner),
+        weight_strides=(channels, inner),
+        y_strides=(latents * width, num_heads * latents * width, width),
+        in_order=in_order,
+    )
+    return C_GJD
+
+
+def context_heads(
+    context_HRC: torch.Tensor,
+    v_weight_IC: torch.Tensor,
+    v_bias_I: torch.Tensor,
+    num_heads: int,
+    readable_R: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """heads_RI: of each head context v_weight_h^T + v_bias_h; zeros where `readable_R` is false."""
+    (_, rows, width), inner = context_HRC.shape, len(v_bias_I)
+    channels = inner // num_heads
+    heads_RI = context_HRC.new_empty(rows, inner)
+    _launch(
+        context_HRC.contiguous(),
+        v_weight_IC.contiguous(),
+        heads_RI,
+        rows=rows,
+        heads=num_heads,
+        latents=1,
+        columns=channels,
+        depth=width,
+        x_strides=(rows * width, width),
+        weight_strides=(channels * width, width),
+        y_strides=(channels, inner, 0),
+        bias=v_bias_I.contiguous(),
+        readable=None if readable_R is None else readable_R.contiguous(),
+    )
+    return heads_RI
+
+
+def output(
+    heads_RI: torch.Tensor,
+    o_weight_DI: torch.Tensor,
+    o_bias_D: torch.Tensor,
+    residual_RD: torch.Tensor,
+) -> torch.Tensor:
+    """y_RD = residual + heads o_weight^T + o_bias, in float32 until it is rounded."""
+    (rows, inner), width = heads_RI.shape, len(o_bias_D)
+    y_RD = heads_RI.new_empty(rows, width)
+    _launch(
+        heads_RI.contiguous(),
+        o_weight_DI.contiguous(),
+        y_RD,
+        rows=rows,
+        heads=1,
+        latents=1,
+        columns=width,
+        depth=inner,
+        x_strides=(0, inner),
+        weight_strides=(0, inner),
+        y_strides=(0, width, 0),
+        bias=o_bias_D.contiguous(),
+        residual=residual_RD.contiguous(),
+        most_columns=config.TRITON_OUTPUT_COLUMNS,
+    )
+    return y_RD
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    rows: int,
+    heads: int,
+    latents: int,
+    columns: int,
+    depth: int,
+    x_strides: tuple[int, int],
+    weight_strides: tuple[int, int],
+    y_strides: tuple[int, int, int],
+    bias: torch.Tensor | None = None,
+    readable: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    in_order: bool = False,
+    most_columns: dict[int, int] = config.TRITON_LATENT_COLUMNS,
+) -> None:
+    item = x.element_size()
+    block_r = config.block(rows, config.TRITON_LATENT_ROWS[item])
+    block_o = config.block(columns, most_columns[item])
+    grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_o), heads)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        product_kernel[grid](
+            x,
+            weight,
+            x if bias is None else bias,
+            x if readable is None else readable,
+            x if residual is None else residual,
+            y,
+            rows,
+            *x_strides,
+            *weight_strides,
+            *y_strides,
+            latents,
+            columns,
+            depth,
+            bias is not None,
+            readable is not None,
+            residual is not None,
+            in_order,
+            block_r,
+            block_o,
+            config.block(depth, config.TRITON_LATENT_DEPTH[item]),
+            num_warps=config.TRITON_LATENT_WARPS,
+            num_stages=config.TRITON_LATENT_STAGES,
+        )

@@ -1,0 +1,214 @@
+"""The absorbed read and write in Triton, interpreted: what random inputs of the cases do not show.
+
+`tests/ops/test_proofs.py` holds values, exact probes and seeded bugs of every case.
+"""
+
+from math import log2
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from snapkernels import CrossAttentionWeights, env, group_read, group_write
+from snapkernels.ops.group_attn import config, reference
+from snapkernels.ops.group_attn.weights import DIMS
+from snapkernels.testing.inputs import random_weights
+from snapkernels.testing.memory import nan_filled
+from snapkernels.testing.numerics import relative_rms, widened
+from snapkernels.testing.proofs import AS_GOOD, SPREADS
+
+pytestmark = pytest.mark.skipif(not env.INTERPRET, reason="interpreted kernels only")
+
+HEADS, INNER, WIDE, NARROW = 2, 24, 20, 36  # NARROW is the latents' width
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def weights(rng, dtype, updated, read):
+    sizes = {"D": updated, "C": read, "I": INNER}
+    made = random_weights(CrossAttentionWeights, DIMS, sizes, generator=rng)
+    return CrossAttentionWeights(*(w.to(dtype) for w in made))
+
+
+def inputs(rng, dtype, latents=24, patches=129, groups=2):
+    z = torch.randn(1, groups, latents, NARROW, generator=rng).to(dtype)
+    x = torch.randn(1, groups, patches, WIDE, generator=rng).to(dtype)
+    return z, x
+
+
+def error_and_limit(op, updated, read, w, mask=None):
+    """Relative rms error of Triton's branch against float64, and what it may be.
+
+    That is eager's, but for the luck of few roundings, or what `proofs.judge` calls as good.
+    """
+    named = {} if mask is None else {"mask": mask}
+    wide = widened((updated, read, w))
+    exact = reference.cross_attention(*wide, mask, HEADS, 1e-6)
+    branch = exact - wide[0]
+
+    def error(y):
+        return relative_rms(y.double() - wide[0], branch)
+
+    with torch.no_grad(), nan_filled():
+        triton = op(updated, read, w, num_heads=HEADS, backend="triton", **named)
+    eager = op(updated, read, w, num_heads=HEADS, backend="eager", **named)
+    spread = 1 + SPREADS / (2 * branch.numel()) ** 0.5
+    rounded = AS_GOOD[updated.dtype] * error(exact.to(updated.dtype))
+    return error(triton), max(error(eager) * spread, rounded)
+
+
+def both(rng, dtype, change_x=lambda x: x, change_w=lambda w: w, **sizes):
+    """Error and limit of a read and of a write with changed patches and weights."""
+    z, x = inputs(rng, dtype, **sizes)
+    x = change_x(x)
+    yield error_and_limit(group_read, z, x, change_w(weights(rng, dtype, NARROW, WIDE)))
+    yield error_and_limit(group_write, x, z, change_w(weights(rng, dtype, WIDE, NARROW)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("latents", "patches"), [(24, 129), (17, 5), (1, 129), (128, 5)])
+def test_no_worse_than_eager_at_ragged_sizes(latents, patches, dtype, rng):
+    for error, limit in both(rng, dtype, latents=latents, patches=patches):
+        assert error <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mean_of_ten_sigma_costs_nothing(dtype, rng):
+    """16-bit tokens have their mean taken off after the product, in float32."""
+    for error, limit in both(rng, dtype, change_x=lambda x: (x.float() + 10).to(dtype)):
+        assert error <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_peaked_softmax(dtype, rng):
+    def peaked(w):
+        return w._replace(q_weight=w.q_weight * 8)
+
+    for error, limit in both(rng, dtype, change_w=peaked):
+        assert error <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_whose_largest_scores_are_far_apart(dtype, rng):
+    """Of a read: tokens of one block hardly differ, those of the next do."""
+
+    def uneven(x):
+        x[:, :, :64] = x[:, :, :1] + x[:, :, :64] / 16
+        return x
+
+    z, x = inputs(rng, dtype, patches=140)
+    w = weights(rng, dtype, NARROW, WIDE)
+    error, limit = error_and_limit(group_read, z, uneven(x), w._replace(q_weight=w.q_weight * 8))
+    assert error <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_blocks_and_groups(dtype, rng):
+    """The first block of one group and all of another cannot be read."""
+    z, x = inputs(rng, dtype, groups=3, patches=140)
+    w = weights(rng, dtype, NARROW, WIDE)
+    mask = torch.rand(1, 3, 140, generator=rng) < 0.5
+    mask[:, 0, :128] = False
+    mask[:, 1] = False
+    error, limit = error_and_limit(group_read, z, x, w, mask)
+    assert error <= limit
+    y = group_read(z, x, w, num_heads=HEADS, mask=mask, backend="triton")
+    assert torch.equal(y[:, 1], (z[:, 1].float() + w.o_bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_group(bad, dtype, rng):
+    z, x = inputs(rng, dtype, latents=3, patches=40)
+    x[0, 1, 17, 4] = bad
+    y = group_read(z, x, weights(rng, dtype, NARROW, WIDE), num_heads=HEADS, backend="triton")
+    assert y[:, 0].isfinite().all() and y[:, 1].isnan().all()
+    y = group_write(x, z, weights(rng, dtype, WIDE, NARROW), num_heads=HEADS, backend="triton")
+    assert y[0, 1, 17].isnan().all()
+    assert y.isfinite().all(-1).sum() == y[..., 0].numel() - 1
+
+
+def test_any_strides_and_no_batch(rng):
+    z, x = inputs(rng, torch.float32, latents=3, patches=40)
+    of_read = weights(rng, torch.float32, NARROW, WIDE)
+    of_write = weights(rng, torch.float32, WIDE, NARROW)
+    moved_z, moved_x = (one.mT.contiguous().mT for one in (z, x))
+    for op, w, plain, moved in (
+        (group_read, of_read, (z, x), (moved_z, moved_x)),
+        (group_write, of_write, (x, z), (moved_x, moved_z)),
+    ):
+        moved_w = CrossAttentionWeights(*(one.t().contiguous().t() for one in w))
+        y = op(*plain, w, num_heads=HEADS, backend="triton")
+        assert torch.equal(op(*moved, moved_w, num_heads=HEADS, backend="triton"), y)
+        none = op(plain[0][:0], plain[1][:0], w, num_heads=HEADS, backend="triton")
+        assert none.shape == plain[0][:0].shape
+
+
+def test_what_it_refuses(rng):
+    z, x = inputs(rng, torch.float64, latents=3, patches=5)
+    w = weights(rng, torch.float64, NARROW, WIDE)
+    with pytest.raises(ValueError, match="float64"):
+        group_read(z, x, w, num_heads=HEADS, backend="triton")
+    z, x = inputs(rng, torch.float32, latents=129, patches=5)
+    w = weights(rng, torch.float32, WIDE, NARROW)
+    with pytest.raises(ValueError, match="129 latents, more than 128"):
+        group_write(x, z, w, num_heads=HEADS, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_latents_products(dtype, rng):
+    """Each against its equation in float64, an error of one rounding; sums are of rounded A."""
+    from snapkernels.ops.group_attn.kernels import triton_latents
+
+    groups, latents = 3, 5
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=rng).to(dtype)
+
+    heads, weight, o_weight = drawn(groups * latents, INNER), drawn(INNER, WIDE), drawn(40, INNER)
+    gain, shift, q_bias, o_bias = drawn(WIDE), drawn(WIDE), drawn(INNER), drawn(40)
+    scale = log2(2.7) / 3
+    by_head = heads.double().unflatten(1, (HEADS, -1)).unflatten(0, (groups, -1))
+    product = torch.einsum("glhe,hec->ghlc", by_head, weight.double().unflatten(0, (HEADS, -1)))
+    A, sums, bias = triton_latents.absorbed_biased(
+        heads, weight, gain, shift, q_bias, HEADS, groups, scale
+    )
+    again, same_sums = triton_latents.absorbed(heads, weight, gain, HEADS, groups, scale)
+    assert torch.equal(A, again) and torch.equal(sums, same_sums)
+    assert torch.allclose(sums.double(), A.double().sum(-1), atol=1e-5)
+    rounding = torch.finfo(dtype).eps
+    exact = (product * gain.double() * scale).flatten(1, 2)
+    assert relative_rms(A, exact) < rounding
+    q_bias_by_head = q_bias.double().unflatten(0, (HEADS, -1))
+    exact = product @ shift.double() + torch.einsum("glhe,he->ghl", by_head, q_bias_by_head)
+    assert relative_rms(bias, exact.flatten(1) * scale) < 1e-6
+
+    by_o = o_weight.double().unflatten(1, (HEADS, -1))
+    exact = torch.einsum("glhe,dhe->ghld", by_head, by_o).flatten(1, 2)
+    assert relative_rms(triton_latents.values(heads, o_weight, HEADS, groups), exact) < rounding
+
+    context = drawn(HEADS, groups * latents, WIDE)
+    readable = torch.rand(groups * latents, generator=rng) < 0.5
+    exact = torch.einsum(
+        "hrc,hec->rhe", context.double(), weight.double().unflatten(0, (HEADS, -1))
+    )
+    exact = (exact.flatten(1) + q_bias.double()) * readable[:, None]
+    for one in (readable, readable.to(torch.uint8)):
+        made = triton_latents.context_heads(context, weight, q_bias, HEADS, one)
+        assert relative_rms(made, exact) < rounding and not made[~readable].any()
+
+    residual = drawn(groups * latents, 40)
+    exact = linear(heads.double(), o_weight.double(), o_bias.double()) + residual.double()
+    assert relative_rms(triton_latents.output(heads, o_weight, o_bias, residual), exact) < rounding
+
+
+@pytest.mark.parametrize("latents", [1, 5, 8, 16, 17, 24, 31, 64, 96, 100, 128])
+@pytest.mark.parametrize("heads", [1, 3, 16])
+@pytest.mark.parametrize("item", [2, 4])
+def test_the_scores_blocks_hold_every_head_and_latent(item, heads, latents):
+    blocks = config.score_blocks(item, heads, latents)
+    pieces = [blocks.first] + [blocks.rest] * (blocks.rest > 0)
+    assert sum(pieces) >= latents and min(pieces) * blocks.heads >= config.TRITON_LEAST_COLUMNS
+    for one in (*pieces, blocks.heads):
+        assert one & (one - 1) == 0
+    if heads == 16 and latents in (24, 96):
+        assert sum(pieces) == latents  # without padding
