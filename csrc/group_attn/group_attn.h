@@ -1,7 +1,8 @@
 // Absorbed cross-attention inside groups as launches on raw pointers. Knows nothing of torch.
 //
 // The weights of the heads are folded into the latents, so that of patch tokens only x is read:
-// scores are rstd (x - mean) . A[j] in base 2, of kColumns columns j = head * kLatents + latent.
+// scores are rstd (x - mean) . A[j] in base 2, of kGroupColumns columns
+// j = head * kGroupLatents + latent.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,9 +19,9 @@ constexpr int kGroupWidths = 256;   // what channels come in
 // Contiguous, bfloat16 where not said otherwise. "In order" means that of 32 the one at
 // 8 q + 2 b + e, q and b 0 to 3, e 0 or 1, is 8 b + 2 q + e: accumulators have those together.
 struct GroupArguments {
-  const void* patches;       // (groups, tokens, width)
-  const void* absorbed;      // A: (groups, kGroupColumns, width)
-  const float* absorbed_sum; // (groups, kGroupColumns): A summed over the width
+  const void* patches;        // (groups, tokens, width)
+  const void* absorbed;       // A: (groups, kGroupColumns, width)
+  const float* absorbed_sum;  // (groups, kGroupColumns): A summed over the width
   int groups, tokens, width;
   float eps;
 };

@@ -20,7 +20,7 @@
 namespace snapkernels {
 
 constexpr int kReadTiles = 4;
-constexpr int kReadSlots = 3;  // of each warpgroup
+constexpr int kReadSlots = 3;                // of each warpgroup
 constexpr int kReadParts = kScoreHalf / 64;  // products of a warpgroup
 constexpr int kReadLead = 2;                 // steps that copies are ahead; places are more
 static_assert(kScoreTokens == kGroupBlock && kScoreTokens == 128);  // a thread that copies has one

@@ -16,7 +16,7 @@ namespace snapkernels {
 
 constexpr int kWriteTiles = 4;
 constexpr int kWriteSlots = 6;
-constexpr int kWriteChannels = 128;                      // of a product
+constexpr int kWriteChannels = 128;                            // of a product
 constexpr int kWriteStep = kSlotBytes / (2 * kWriteChannels);  // columns of P in it: 96
 
 struct WriteRings {

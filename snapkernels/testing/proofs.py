@@ -37,8 +37,17 @@ SPREADS = 3
 GRADIENT_SLACK = 4  # a gradient sums more roundings than the branch: eager bf16 reaches 3.5e-2
 
 
+# The error of a small case is luck, eager's too: one near its limit is judged by more draws.
+NEAR = 1.25
+DRAWS = 8
+
+
 class WrongError(AssertionError):
     """A result was judged and found wrong; a kernel that fails by itself raises something else."""
+
+
+class NearError(WrongError):
+    """A result's error is above its limit, but by less than `NEAR`."""
 
 
 class Proof(NamedTuple):
@@ -137,11 +146,18 @@ def values(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None
     with a probe, so are the results at every marker.
     """
     call = make_values(spec, case, dtype, _device(backend))
-    assert (reason := backend.refuses(*call)) is None, f"it cannot run: {reason}"
+    if case.tier != "cpu" and (reason := backend.refuses(*call)):  # too large to be asked before
+        contract.named_backend_raises(spec, backend, call, reason)
+        return
     run = partial(output_of, backend)
     with torch.no_grad(), nan_filled():
         once, twice = run(*call), run(*call)
-        judge(spec, case, backend, dtype, call, once)
+        try:
+            judge(spec, case, backend, dtype, call, once)
+        except NearError:
+            if case.tier != "cpu":
+                raise
+            judge_draws(spec, case, backend, dtype)
         if not same_bits(once, twice):
             raise WrongError("two runs on the same input differ")
         if backend.saving and not same_bits(once, output := saving(backend)(*call)[0]):
@@ -164,16 +180,40 @@ def judge(
             raise WrongError("not the reference, bit for bit")
         return
     exact = spec.reference(*widened(call))
-    error = _branch_error(spec, call, result, exact)
-    limit = LIMITS[dtype]
-    if (
-        backend.name != "eager" and exact.numel() > 1
-    ):  # the error of one number is luck, eager's too
+    errors = [_branch_error(spec, call, result, exact)]
+    # The error of one number is luck, eager's too.
+    if backend.name != "eager" and exact.numel() > 1:
         eager = implementation(spec.backend("eager"))(*call)
-        rounded = AS_GOOD[result.dtype] * _branch_error(spec, call, exact.to(result.dtype), exact)
-        limit = min(limit, max(_branch_error(spec, call, eager, exact), rounded))
+        rounded = exact.to(result.dtype)
+        errors += [_branch_error(spec, call, other, exact) for other in (eager, rounded)]
+    _hold(errors, dtype, result.dtype)
+
+
+def judge_draws(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
+    """Hold the results of `DRAWS` inputs against the reference as if they were one."""
+    squares = torch.zeros(4, dtype=torch.float64)  # of three errors, and of the exact branch
+    for seed in range(DRAWS):
+        call = make_values(spec, case, dtype, _device(backend), seed=seed)
+        exact = spec.reference(*widened(call))
+        result = output_of(backend, *call)
+        eager = implementation(spec.backend("eager"))(*call)
+        residual = _residual(spec, call)
+        others = (result, eager, exact.to(result.dtype), torch.zeros_like(exact) + residual)
+        squares += torch.stack([(one.double() - exact).square().sum() for one in others]).cpu()
+    errors = (squares[:3] / squares[3]).sqrt().tolist()
+    _hold(errors, dtype, result.dtype)
+
+
+def _hold(errors: list[float], dtype: torch.dtype, rounded_to: torch.dtype) -> None:
+    """`errors`: of the result and, unless it is eager's, of eager and of the exact one, rounded."""
+    error, *others = errors
+    limit = LIMITS[dtype]
+    if others:
+        eager, rounded = others
+        limit = min(limit, max(eager, AS_GOOD[rounded_to] * rounded))
     if not error <= limit:
-        raise WrongError(f"relative rms error {error:.2e}, limit {limit:.2e}")
+        kind = NearError if error <= NEAR * limit else WrongError
+        raise kind(f"relative rms error {error:.2e}, limit {limit:.2e}")
 
 
 def gradients(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
@@ -324,10 +364,13 @@ def short(dtype: torch.dtype) -> str:
     return {2: "bf16" if dtype == torch.bfloat16 else "fp16", 4: "fp32", 8: "fp64"}[dtype.itemsize]
 
 
+def _residual(spec: Spec, call: tuple[Any, ...]) -> torch.Tensor | float:
+    """What a result is measured from: the input that a sublayer adds its branch to, or 0."""
+    return 0.0 if spec.residual is None else call[list(spec.inputs).index(spec.residual)].double()
+
+
 def _branch_error(
     spec: Spec, call: tuple[Any, ...], result: torch.Tensor, exact: torch.Tensor
 ) -> float:
-    if spec.residual is None:
-        return relative_rms(result, exact)
-    residual = call[list(spec.inputs).index(spec.residual)].double()
+    residual = _residual(spec, call)
     return relative_rms(result.double() - residual, exact - residual)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from snapkernels.dispatch import choose, explain
 from snapkernels.ops.group_attn import cores, cost
-from snapkernels.ops.group_attn.cores import core
+from snapkernels.ops.group_attn.cores import cudnn_is_best
 from snapkernels.ops.group_attn.kernels import projected
 from snapkernels.registry import OPS
 from snapkernels.testing.cases import call, leaves, make_values
@@ -92,12 +92,11 @@ def on_gpu(*shape, dtype=BF16):
 
 def chosen(queries=24, keys=4608, head_dim=64, *, dtype=BF16, masked=False, tracked=False):
     like = on_gpu(2, 16, queries, head_dim, dtype=dtype)
-    return core(like, queries, keys, head_dim, masked=masked, tracked=tracked)
+    return cudnn_is_best(like, queries, keys, head_dim, masked=masked, tracked=tracked)
 
 
 def test_the_core_is_the_fastest_that_takes_the_call(hopper, monkeypatch):
-    assert chosen() == chosen(4608, 24) == chosen(dtype=torch.float16) == "cudnn"
-    assert chosen(tracked=True) == "cudnn" and chosen(4608, 24, tracked=True) == "efficient"
+    assert chosen() and chosen(4608, 24) and chosen(dtype=torch.float16)
     for refused in (
         {"dtype": torch.float32},
         {"head_dim": 20},
@@ -105,29 +104,28 @@ def test_the_core_is_the_fastest_that_takes_the_call(hopper, monkeypatch):
         {"queries": 1},
         {"keys": 1},
         {"masked": True},
+        {"tracked": True},
     ):
-        assert chosen(**refused) is None, refused
-    assert core(torch.empty(2, 4, dtype=BF16), 4, 4, 64, masked=False, tracked=False) is None
-    assert core(on_gpu(0, 4), 4, 4, 64, masked=False, tracked=False) is None
+        assert not chosen(**refused), refused
+    on_cpu = torch.empty(2, 4, dtype=BF16)
+    assert not cudnn_is_best(on_cpu, 4, 4, 64, masked=False, tracked=False)
+    assert not cudnn_is_best(on_gpu(0, 4), 4, 4, 64, masked=False, tracked=False)
 
 
 def test_the_core_is_pytorchs_choice_where_the_user_has_spoken(hopper, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
-    assert chosen() is None and chosen(4608, 24, tracked=True) == "efficient"
-    monkeypatch.setattr(torch.backends.cuda, "mem_efficient_sdp_enabled", lambda: False)
-    assert chosen(4608, 24, tracked=True) is None
+    assert not chosen()
     monkeypatch.undo()
     monkeypatch.setattr(cores, "_measured", lambda device: True)
     torch.use_deterministic_algorithms(True)
     try:
-        assert chosen() is None
+        assert not chosen()
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(24, 4608), (4608, 24)])
-def test_the_core_that_is_best_is_called(hopper, monkeypatch, queries, keys, tracked):
+def test_the_core_that_is_best_is_called(hopper, monkeypatch, queries, keys):
     """Its output lies as linear left q, so that o needs no copy of it."""
     q, k, v = (
         on_gpu(2, tokens, 16 * 64).unflatten(-1, (16, 64)).transpose(1, 2)
@@ -135,9 +133,6 @@ def test_the_core_that_is_best_is_called(hopper, monkeypatch, queries, keys, tra
     )
     plain = []
     monkeypatch.setattr(projected, "scaled_dot_product_attention", lambda *_, **__: plain.append(1))
-    monkeypatch.setattr(
-        projected, "core", lambda *_, **how: core(*_, masked=False, tracked=tracked)
-    )
     out = projected._attention(q, k, v, None)
     assert not plain and out.shape == q.shape and out.is_cuda and out.dtype == BF16
     assert out.transpose(1, 2).is_contiguous()

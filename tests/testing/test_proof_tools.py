@@ -1,6 +1,7 @@
 """The tools that proofs are made of: poisoned memory, planted bugs, cost, cases, machine code."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from snapkernels.testing import aot, bench, cost, proofs
 from snapkernels.testing.cases import all_ids, find, make_values
 from snapkernels.testing.memory import nan_filled
 from snapkernels.testing.mutants import planted
+from snapkernels.testing.numerics import widened
 
 PATCHIFY = OPS["patchify"].spec
 CASES = {case.name: case for case in PATCHIFY.cases}
@@ -39,6 +41,27 @@ def test_values_see_what_was_never_written_and_what_changes_between_runs():
         with pytest.raises(AssertionError):
             broken = replace(whole, run=run)
             proofs.values(PATCHIFY, CASES["odd"], broken, torch.float32)
+
+
+@pytest.mark.parametrize(("typical", "right"), [(0.9, True), (1.1, False)])
+def test_a_small_case_that_is_near_its_limit_is_judged_by_more_draws(typical, right, monkeypatch):
+    """A backend 10 % less exact than eager on the first draw, and `typical` times it on others."""
+    monkeypatch.setitem(proofs.AS_GOOD, torch.float32, 1)
+    write = OPS["group_write"].spec
+    case = next(case for case in write.cases if case.name == "odd")
+    eager, first = write.backend("eager"), make_values(write, case, torch.float32, "cpu")
+
+    def run(*call):
+        exact = write.reference(*widened(call))
+        times = 1.1 if torch.equal(call[0], first[0]) else typical
+        return (exact + times * (eager.run(*call) - exact)).float()
+
+    judged = partial(proofs.values, write, case, replace(eager, name="other", run=run))
+    if right:
+        judged(torch.float32)
+    else:
+        with pytest.raises(proofs.NearError):
+            judged(torch.float32)
 
 
 def test_a_mutant_that_no_case_sees_is_an_error():

@@ -12,7 +12,7 @@ H heads, E channels of a head, I inner width.
 import torch
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
-from snapkernels.ops.group_attn.cores import core
+from snapkernels.ops.group_attn.cores import cudnn_is_best
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
 
@@ -77,11 +77,6 @@ def _attention(
     """softmax(q k^T / sqrt(E)) v of (B * G, H, X, E) by the core that is best here."""
     tracked = q.requires_grad or k.requires_grad or v.requires_grad
     queries, keys, head_dim = q.shape[2], k.shape[2], q.shape[3]
-    best = core(q, queries, keys, head_dim, masked=mask is not None, tracked=tracked)
-    if best == "cudnn":
-        return torch.ops.aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, tracked)[0]
-    if best == "efficient":
-        return torch.ops.aten._scaled_dot_product_efficient_attention.default(
-            q, k, v, None, tracked
-        )[0]
+    if cudnn_is_best(q, queries, keys, head_dim, masked=mask is not None, tracked=tracked):
+        return torch.ops.aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, False)[0]
     return scaled_dot_product_attention(q, k, v, attn_mask=mask)
