@@ -40,6 +40,7 @@ TRITON_UPDATE_STAGES = 3
 # The latents' small products: at 768 rows, 192 to 288 programs for 132 multiprocessors.
 TRITON_LATENT_ROWS = {2: 64, 4: 32}
 TRITON_LATENT_COLUMNS = {2: 64, 4: 32}
+TRITON_ABSORB_COLUMNS = {2: 128, 4: 32}  # of A at once: 64 take 28 us with the score bias, 128 22
 TRITON_OUTPUT_COLUMNS = {2: 128, 4: 32}  # of o's product, which has D columns and one head
 TRITON_LATENT_DEPTH = {2: 64, 4: 32}  # of the sum at once
 TRITON_LATENT_WARPS = 4

@@ -219,7 +219,7 @@ def _absorb(
             width,
             biased,
             block_r,
-            config.block(width, config.TRITON_LATENT_COLUMNS[item]),
+            config.block(width, config.TRITON_ABSORB_COLUMNS[item]),
             config.block(channels, config.TRITON_LATENT_DEPTH[item]),
             num_warps=config.TRITON_LATENT_WARPS,
             num_stages=config.TRITON_LATENT_STAGES,
