@@ -23,9 +23,11 @@ constexpr int kBoxBytes = kAverageStep * kMatrixRow;  // 64 tokens of 64 columns
 constexpr int kWeightBytes = kAverageConsumers * kBoxBytes;
 constexpr int kAverageStageBytes = kWeightBytes + kAverageChannels / 64 * kBoxBytes;
 
-// Of a column: the largest m, 1 / the sum of weights, the sum of weights times means, over it.
+// Of a column 1 / the sum of weights, and the sum of weights times means, over it; of the channels
+// LayerNorm's weight and bias in twos.
 struct AverageTotals {
-  float most[kAverageColumns], scale[kAverageColumns], mean[kAverageColumns];
+  float scale[kAverageColumns], mean[kAverageColumns];
+  uint32_t norm_weight[kAverageChannels / 2], norm_bias[kAverageChannels / 2];
 };
 
 constexpr int kAverageTotals = kAverageStages * kAverageStageBytes;
@@ -44,9 +46,17 @@ __device__ inline uint32_t times(uint32_t pair, uint32_t by) {
   return product;
 }
 
-// By 2 threads a column, with half of the blocks of tokens each.
-__device__ inline void add_blocks(AverageTotals& totals, const GroupReadArguments& given,
-                                  int group, int first_column, int thread) {
+// By 2 threads a column, with half of the blocks of tokens each. Returns the largest m of columns r
+// and r + 8 of the 16 that a warp has, here as in the products.
+__device__ inline float2 add_blocks(AverageTotals& totals, const GroupReadArguments& given,
+                                    int group, int channel, int first_column, int thread) {
+  if (thread < kAverageChannels) {
+    const int which = thread % (kAverageChannels / 2);
+    const bool weights = thread < kAverageChannels / 2;
+    const void* from = weights ? given.norm_weight : given.norm_bias;
+    (weights ? totals.norm_weight : totals.norm_bias)[which] =
+        static_cast<const uint32_t*>(from)[channel / 2 + which];
+  }
   const int column = thread / 2, half = thread % 2;
   const int blocks = given.of.tokens / kGroupBlock;
   const int64_t at = static_cast<int64_t>(group) * blocks * kGroupColumns + first_column + column;
@@ -67,11 +77,12 @@ __device__ inline void add_blocks(AverageTotals& totals, const GroupReadArgument
   sum += __shfl_xor_sync(~0u, sum, 1);
   mean += __shfl_xor_sync(~0u, mean, 1);
   if (half == 0) {
-    totals.most[column] = most;
     const float scale = reciprocal_fast(sum);
     totals.scale[column] = scale;
     totals.mean[column] = mean * scale;
   }
+  const int lane = thread % 32 / 4 * 2;
+  return {__shfl_sync(~0u, most, lane), __shfl_sync(~0u, most, lane + 16)};
 }
 
 // What it starts from is made again, not kept: the products leave 32 registers for all else.
@@ -80,34 +91,22 @@ __device__ inline void write_average(const Accumulators<16> (&sum)[2], const Ave
                                      const GroupReadArguments& given, int group, int channel) {
   const uint32_t thread = thread_again();
   const int lane = thread % 32, row = (thread / 32 - 4) * 16 + lane / 4;
-  const int first_column = rank_in_cluster() * kAverageColumns;
-  constexpr int kAtOnce = 2;  // loads of norm_weight and norm_bias under way
+  auto* out = reinterpret_cast<uint32_t*>(given.context) + channel / 2 + lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float scale = totals.scale[row + 8 * i], mean = totals.mean[row + 8 * i];
-    const int column = first_column + row + 8 * i;
-    const int64_t to = (static_cast<int64_t>(column / kLatents) * given.of.groups + group) *
-                           kLatents + column % kLatents;
-    auto* out = reinterpret_cast<uint32_t*>(given.context) +
-                (to * given.of.width + channel) / 2 + lane % 4;
-    const int pair_at = channel / 2 + lane % 4;
-    const auto* weight = reinterpret_cast<const uint32_t*>(given.norm_weight) + pair_at;
-    const auto* bias = reinterpret_cast<const uint32_t*>(given.norm_bias) + pair_at;
+    const int column = rank_in_cluster() * kAverageColumns + row + 8 * i;
+    const int64_t latent =
+        (column / kLatents * given.of.groups + group) * kLatents + column % kLatents;
+    auto* to = out + latent * (given.of.width / 2);
 #pragma unroll
-    for (int b = 0; b < 32; b += kAtOnce) {
-      uint32_t w[kAtOnce], c[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        w[j] = weight[4 * (b + j)];
-        c[j] = bias[4 * (b + j)];
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const float* pair = sum[b / 16][b % 16 + j] + 2 * i;
-        const float low = fmaf(pair[0], scale, -mean), high = fmaf(pair[1], scale, -mean);
-        out[4 * (b + j)] = bf16_pair(fmaf(low, bf16_low(w[j]), bf16_low(c[j])),
-                                     fmaf(high, bf16_high(w[j]), bf16_high(c[j])));
-      }
+    for (int b = 0; b < 32; ++b) {
+      const uint32_t w = totals.norm_weight[4 * b + lane % 4];
+      const uint32_t c = totals.norm_bias[4 * b + lane % 4];
+      const float* pair = sum[b / 16][b % 16] + 2 * i;
+      const float low = fmaf(pair[0], scale, -mean), high = fmaf(pair[1], scale, -mean);
+      to[4 * b] = bf16_pair(fmaf(low, bf16_low(w), bf16_low(c)),
+                            fmaf(high, bf16_high(w), bf16_high(c)));
     }
   }
 }
@@ -166,9 +165,9 @@ __global__ void __launch_bounds__(kAverageThreads, 1)
     for (int item = first; item < items; item += step) {
       const int group = item / slices;
       barrier_wait(1, 128 * kAverageConsumers);  // the totals of the item before are read
-      add_blocks(totals, given, group, first_column, thread);
+      const float2 top = add_blocks(totals, given, group, item % slices * kAverageChannels,
+                                    first_column, thread);
       barrier_wait(1, 128 * kAverageConsumers);
-      const float top[2] = {totals.most[row], totals.most[row + 8]};
       int at = group * blocks * kGroupColumns + first_column + row;  // of m, below 2^31
       float next[2] = {given.most[at], given.most[at + 8]};
       Accumulators<16> sum[2];
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(kAverageThreads, 1)
       clear(sum[1]);
 #pragma unroll 1
       for (int block = 0; block < blocks; ++block) {
-        const uint32_t factor[2] = {power_pair(next[0] - top[0]), power_pair(next[1] - top[1])};
+        const uint32_t factor[2] = {power_pair(next[0] - top.x), power_pair(next[1] - top.y)};
         if (block + 1 < blocks) at += kGroupColumns;
         next[0] = given.most[at];
         next[1] = given.most[at + 8];

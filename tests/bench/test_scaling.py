@@ -54,10 +54,10 @@ def test_a_row_is_gated_timed_and_named(monkeypatch):
     assert row["gate"] == "ok" and row["chosen"] and row["tokens"] == 1200
     assert 0 < row["p20"] <= row["value"] <= row["p80"] and "peak_gib" not in row
     assert "of floor" in scaling.line(row)
-    projected = OPS["group_read"].spec.backend("projected")
-    monkeypatch.setattr(scaling, "choose", lambda *_: projected)
+    reference = OPS["group_read"].spec.backend("reference")
+    monkeypatch.setattr(scaling, "choose", lambda *_: reference)
     rows = rows_of("group_read", 24)
-    assert [row["variant"] for row in rows] == ["projected-fp32", "eager-fp32"]
+    assert [row["variant"] for row in rows] == ["reference-fp32", "eager-fp32"]
     assert [row["chosen"] for row in rows] == [True, False]
 
 

@@ -8,7 +8,7 @@ from snapkernels.ops.group_attn.weights import DIMS
 from snapkernels.testing.inputs import random_weights
 from snapkernels.testing.numerics import relative_rms
 
-BACKENDS = ["reference", "eager", "projected"]
+BACKENDS = ["reference", "eager"]
 HEADS = 3
 SIZES = {"D": 20, "C": 14, "I": 12}
 BATCH, GROUPS, LATENTS, PATCHES = 2, 3, 5, 7

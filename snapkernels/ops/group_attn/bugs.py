@@ -62,7 +62,7 @@ def _cuda_bug(name: str, file: str, find: str, replace: str) -> Mutant:
 
 _CUDA_READ = (
     _cuda_bug(
-        "blocks not at one maximum", "group_read_average", "power_pair(next[0] - top[0])",
+        "blocks not at one maximum", "group_read_average", "power_pair(next[0] - top.x)",
         "power_pair(0)",
     ),
     _cuda_bug(

@@ -44,6 +44,7 @@ TRITON_ABSORB_COLUMNS = {2: 128, 4: 32}  # of A at once: 64 take 28 us with the 
 TRITON_OUTPUT_COLUMNS = {2: 128, 4: 32}  # of o's product, which has D columns and one head
 TRITON_LATENT_DEPTH = {2: 64, 4: 32}  # of the sum at once
 TRITON_LATENT_WARPS = 4
+TRITON_ABSORB_WARPS = 8
 TRITON_LATENT_STAGES = 3
 
 

@@ -36,8 +36,8 @@ def group_read(
         mask: (B, G, N) bool, True where a patch may be read. A latent whose group has none gets
             zero attention, so its branch is o's bias.
         eps: of both LayerNorms.
-        backend: "cuda" and "triton", which have no backward, "projected", "eager" or "reference";
-            None takes the first that can run this call and expects to be fastest.
+        backend: "cuda" or "triton", which have no backward, "eager" or "reference"; None takes the
+            first that can run this call and expects to be fastest.
 
     Returns:
         (B, G, L, D), the latents with the branch added, contiguous.

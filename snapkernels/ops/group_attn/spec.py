@@ -5,8 +5,7 @@ from typing import Literal
 
 import torch
 
-from snapkernels.ops.group_attn import bugs, config, cores, cost, eager, peers, reference
-from snapkernels.ops.group_attn.kernels import projected
+from snapkernels.ops.group_attn import bugs, config, cost, eager, peers, reference
 from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
 from snapkernels.spec import Backend, Case, Fields, Mutant, Probe, Sizes, Spec, Tensor
 
@@ -132,7 +131,6 @@ GROUP_READ = Spec(
             refuses=config.triton_refuses_read,
             declines=cost.absorbed_declines_read,
         ),
-        Backend(name="projected", run=projected.group_read, declines=cores.projected_declines_read),
         Backend(name="eager", run=eager.cross_attention),
         Backend(name="reference", run=reference.cross_attention),
     ),
@@ -163,18 +161,6 @@ GROUP_READ = Spec(
             backend="eager",
             find="if readable is not None:",
             replace="if False:",
-        ),
-        Mutant(
-            name="mask ignored between the projections",
-            backend="projected",
-            find="attn_mask=mask)",
-            replace="attn_mask=None)",
-        ),
-        Mutant(
-            name="group with nothing to read reads all between the projections",
-            backend="projected",
-            find="if readable is None else",
-            replace="if True else",
         ),
         *bugs.READ,
     ),
@@ -215,9 +201,6 @@ GROUP_WRITE = Spec(
             refuses=config.triton_refuses_write,
             declines=cost.absorbed_declines_write,
         ),
-        Backend(
-            name="projected", run=projected.group_write, declines=cores.projected_declines_write
-        ),
         Backend(name="eager", run=eager.group_write),
         Backend(name="reference", run=reference.group_write),
     ),
@@ -248,12 +231,6 @@ GROUP_WRITE = Spec(
             backend="eager",
             find="w.o_bias) + q_tokens",
             replace="w.o_bias)",
-        ),
-        Mutant(
-            name="keys and values swapped",
-            backend="projected",
-            find="return by_head(k), by_head(v)",
-            replace="return by_head(v), by_head(k)",
         ),
         *bugs.WRITE,
     ),

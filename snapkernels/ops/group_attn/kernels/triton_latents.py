@@ -221,7 +221,7 @@ def _absorb(
             block_r,
             config.block(width, config.TRITON_ABSORB_COLUMNS[item]),
             config.block(channels, config.TRITON_LATENT_DEPTH[item]),
-            num_warps=config.TRITON_LATENT_WARPS,
+            num_warps=config.TRITON_ABSORB_WARPS,
             num_stages=config.TRITON_LATENT_STAGES,
         )
     return A_GJC, sums_GJ, bias_GJ
