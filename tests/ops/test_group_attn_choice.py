@@ -1,5 +1,7 @@
 """group_read and group_write choose between two algorithms, by their operations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,6 +61,18 @@ def test_absorption_declines_where_it_is_more_work(op, name, reason):
     assert declines(*values) == reason
     least = least_flops(op.spec, case_of(op, name), "fwd")
     assert (least < op.spec.flops(op.spec.check(*values))) == (reason is None)
+
+
+@pytest.mark.parametrize(("op", "least"), [(READ, 16384), (WRITE, 4096)])
+def test_few_patches_are_not_absorbed(op, least):
+    declines = getattr(cost, f"absorbed_declines_{op.spec.name.removeprefix('group_')}")
+    case = case_of(op, "up")
+    for groups, reason in (
+        (least // 4096, None),
+        (1, f"2048 patch tokens in all, fewer than {least}"),
+    ):
+        sizes = dict(case.sizes) | {"G": groups, "N": 4096 if reason is None else 2048}
+        assert declines(*make_values(op.spec, replace(case, sizes=sizes), BF16, "meta")) == reason
 
 
 def test_the_floor_is_that_of_the_least_work():

@@ -17,6 +17,12 @@ from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
 Sizes = Mapping[str, int]
 
+# Patch tokens of a call below which absorbed kernels wait for each other more than they save: on an
+# H100, of the upsampler's widths, read was as fast as eager at 9,216 (0.17 ms), write between 2,304
+# and 4,608 (0.09 ms); bench/scaling.py times them.
+LEAST_READ_TOKENS = 16384
+LEAST_WRITE_TOKENS = 4096
+
 
 def projected_read_flops(sizes: Sizes) -> int:
     """Operations of one group of `group_read`, by projecting both sides."""
@@ -60,8 +66,10 @@ def absorbed_declines_read(
 ) -> str | None:
     """Why absorption does not pay in a call of `group_read`, or None."""
     (num_latents, latent_dim), (num_patches, patch_dim) = latents.shape[2:], patches.shape[2:]
-    inner = w.q_weight.shape[0]
-    return _dearer(num_latents, latent_dim, num_patches, patch_dim, inner, num_heads, True)
+    inner, tokens = w.q_weight.shape[0], patches.shape[:3].numel()
+    return _dearer(
+        num_latents, latent_dim, num_patches, patch_dim, inner, num_heads, True
+    ) or _too_few(tokens, LEAST_READ_TOKENS)
 
 
 def absorbed_declines_write(
@@ -73,8 +81,10 @@ def absorbed_declines_write(
 ) -> str | None:
     """Why absorption does not pay in a call of `group_write`, or None."""
     (num_latents, latent_dim), (num_patches, patch_dim) = latents.shape[2:], patches.shape[2:]
-    inner = w.q_weight.shape[0]
-    return _dearer(num_latents, latent_dim, num_patches, patch_dim, inner, num_heads, False)
+    inner, tokens = w.q_weight.shape[0], patches.shape[:3].numel()
+    return _dearer(
+        num_latents, latent_dim, num_patches, patch_dim, inner, num_heads, False
+    ) or _too_few(tokens, LEAST_WRITE_TOKENS)
 
 
 @lru_cache(256)
@@ -97,3 +107,7 @@ def _dearer(
     if absorbed < projected:
         return None
     return f"absorbed {absorbed / 1e9:.3g} GFLOP a group, projected {projected / 1e9:.3g}"
+
+
+def _too_few(tokens: int, least: int) -> str | None:
+    return None if tokens >= least else f"{tokens} patch tokens in all, fewer than {least}"
