@@ -9,7 +9,7 @@ from snapkernels.ops.group_attn import bugs, config, cost, eager, peers, referen
 from snapkernels.ops.group_attn.weights import DIMS, CrossAttentionWeights
 from snapkernels.spec import Backend, Case, Fields, Mutant, Probe, Sizes, Spec, Tensor
 
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LEGEND = {
     "B": "videos",
     "G": "groups",
@@ -67,7 +67,7 @@ _CASES = (
     _shapes("ragged", "cpu", (1, 2, 17, 36), (129, 28), 40, 2),
     # Latents of a head in two pieces, one past a tile of 128 patches; 16-bit tokens, whose mean is
     # taken off after the product, have kernels of their own.
-    _shapes("sixteen-bit", "cpu", (1, 2, 24, 24), (129, 20), 24, 3, dtypes=(BF16,)),
+    _shapes("sixteen-bit", "cpu", (1, 2, 24, 24), (129, 20), 24, 3, dtypes=(BF16, FP16)),
     _shapes("one-latent", "cpu", (2, 2, 1, 16), (9, 24), 16, 4),
     _shapes("many-groups", "cpu", (2, 40, 3, 16), (5, 8), 8, 2),
     _shapes("one-head", "cpu", (1, 2, 4, 48), (6, 64), 48, 1),
