@@ -452,7 +452,7 @@ void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor nor
                 Tensor norm_bias, Tensor weights, Tensor most, Tensor sums, Tensor means,
                 Tensor context, double eps) {
   using torch::headeronly::ScalarType;
-  if (patches.numel() == 0) return;
+  if (context.numel() == 0) return;
   constexpr const char* op = "group_read";
   snapkernels::GroupReadArguments given{group_arguments(op, patches, absorbed, absorbed_sum, eps)};
   const int64_t width = given.of.width, columns = absorbed_sum.numel();
@@ -465,6 +465,7 @@ void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor nor
   given.context = bfloat16("context", context, columns * width);
   STD_TORCH_CHECK(given.of.tokens % snapkernels::kGroupBlock == 0, op, ": tokens");
   const int64_t blocks = given.of.tokens / snapkernels::kGroupBlock;
+  STD_TORCH_CHECK(columns * blocks < INT32_MAX, op, ": sizes");
   const auto scratch = [&](const char* name, const Tensor& tensor) {
     return head_data<float>(op, name, tensor, ScalarType::Float, columns * blocks, patches);
   };

@@ -18,16 +18,6 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int column,
       : "memory");
 }
 
-// The same of a map of 32 tokens in `order` (tensor_map.h).
-__device__ inline void copy_box_in_order(int blocks, uint32_t to, const CUtensorMap* map,
-                                         int column, int thirty_twos, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, 0, 0, 0, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(thirty_twos), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
-      : "memory");
-}
-
 // The same into every block of the cluster that `blocks` has a bit of, each counting it by its own
 // barrier: `to` and `barrier` are offsets that all of them share.
 __device__ inline void copy_box_to(int blocks, uint32_t to, const CUtensorMap* map, int column,
@@ -40,8 +30,14 @@ __device__ inline void copy_box_to(int blocks, uint32_t to, const CUtensorMap* m
       : "memory");
 }
 
-__device__ inline void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+// The same of 64 rows of a map in order (tensor_map.h), from row 32 `thirty_twos` on.
+__device__ inline void copy_box_in_order(int blocks, uint32_t to, const CUtensorMap* map,
+                                         int column, int thirty_twos, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, 0, 0, 0, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(thirty_twos), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
 }
 
 // threadIdx.x, read where it is called: what follows from it takes no registers before.

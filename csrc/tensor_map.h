@@ -14,16 +14,17 @@ namespace snapkernels {
 inline cudaError_t encode_tensor_map(CUtensorMap* map, const void* data, int rank,
                                      const cuuint64_t* sizes, const cuuint64_t* strides,
                                      const cuuint32_t* box) {
-  static void* found = nullptr;
-  if (!found) {
+  static const auto encode = [] {
+    void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
     const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
                                                                12000, cudaEnableDefault, &result);
-    if (error != cudaSuccess) return error;
-    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  }
+    const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return there ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found) : nullptr;
+  }();
+  if (!encode) return cudaErrorNotSupported;
   const cuuint32_t every[] = {1, 1, 1, 1, 1};
-  const CUresult made = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+  const CUresult made = encode(
       map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), sizes, strides, box,
       every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

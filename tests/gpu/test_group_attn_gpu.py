@@ -99,6 +99,19 @@ def test_a_token_that_is_not_a_number_is_seen(spec, gpu):
 
 
 @pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
+def test_strided_weights_are_as_good(spec, gpu):
+    call = upsampler(spec, groups=2)
+    strided = call["weights"]._replace(
+        **{
+            name: torch.stack([one, one], -1)[..., 0]
+            for name, one in call["weights"]._asdict().items()
+        }
+    )
+    assert not strided.o_bias.is_contiguous()
+    assert torch.equal(run(spec, "cuda", call), run(spec, "cuda", call | {"weights": strided}))
+
+
+@pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
 def test_the_upsampler_runs_on_cuda_and_the_first_stage_does_not(spec, gpu):
     for case in spec.cases:
         if case.tier != "paper":

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from snapkernels.dispatch import choose, explain
-from snapkernels.ops.group_attn import cost
+from snapkernels.ops.group_attn import config, cost
 from snapkernels.registry import OPS
 from snapkernels.testing.cases import call, leaves, make_values
 from snapkernels.testing.cost import floor_ms, least_flops
@@ -124,3 +124,36 @@ def test_work_is_counted_once(op):
     with FlopCounterMode(display=False) as counter:
         call(op, values).sum().backward()
     assert counter.get_total_flops() == 3 * op.spec.flops(op.spec.check(*values))
+
+
+def at_an_odd_element(tensor):
+    return torch.cat([tensor[:1], tensor])[1:]
+
+
+@pytest.mark.parametrize(("op", "names"), [(READ, ("kv_norm_bias",)), (WRITE, ("o_bias",))])
+def test_cuda_refuses_what_its_kernels_cannot_load(op, names, monkeypatch):
+    monkeypatch.setattr(config.extension, "refuses", lambda tensor: None)
+    refuses = op.spec.backend("cuda").refuses
+    values = list(make_values(op.spec, case_of(op, "three-tiles"), BF16, "cpu"))
+    assert refuses(*values) is None
+    for name in names:
+        moved = values[2]._replace(**{name: at_an_odd_element(getattr(values[2], name))})
+        assert f"{name} does not start at a multiple of 16 bytes" in refuses(
+            *values[:2], moved, *values[3:]
+        )
+    others = values[2]._replace(q_bias=at_an_odd_element(values[2].q_bias))
+    assert refuses(*values[:2], others, *values[3:]) is None
+    patches = list(op.spec.inputs).index("patches")
+    strided = [*values]
+    strided[patches] = values[patches].transpose(2, 3).contiguous().transpose(2, 3)
+    assert "it must be contiguous" in refuses(*strided)
+
+
+def test_kernels_refuse_to_read_nothing(monkeypatch):
+    monkeypatch.setattr(config.extension, "refuses", lambda tensor: None)
+    values = list(make_values(READ.spec, case_of(READ, "three-tiles"), BF16, "cpu"))
+    values[1] = values[1][:, :, :0]
+    assert "a group has 0 patches" in READ.spec.backend("cuda").refuses(*values)
+    assert READ.spec.backend("triton").refuses(*values) == "a group has no patches"
+    read = call(READ, tuple(values))
+    assert torch.equal(read, call(READ, tuple(values), "reference"))

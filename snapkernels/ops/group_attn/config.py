@@ -6,6 +6,7 @@ import torch
 
 from snapkernels import extension
 from snapkernels.dispatch import has_triton, triton_refuses
+from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MOST_LATENTS = 128  # of a group: the columns of one head are a tile's at the least
@@ -53,7 +54,9 @@ CUDA_LATENTS = 24  # of a group
 CUDA_COLUMNS = 384  # of scores: heads times latents, the registers of two warpgroups
 CUDA_CHANNELS = 256  # what the width of a patch token comes in
 CUDA_READ_TOKENS = 128  # what the patch tokens of a group that is read come in
-CUDA_MOST_TOKENS = 2**31 - 256  # of all groups
+CUDA_MOST_TOKENS = (
+    2**31 // 3 - 256
+)  # of all groups: of read 3 numbers a token are counted in 32 bits
 VECTOR = 16  # bytes of the kernels' loads and stores
 
 
@@ -96,6 +99,8 @@ def triton_refuses_read(
     latents: torch.Tensor, patches: torch.Tensor, w: tuple[torch.Tensor, ...], *_: object
 ) -> str | None:
     """Why the Triton kernels cannot read `patches` into `latents`, or None."""
+    if not patches.shape[2]:
+        return "a group has no patches"
     return _triton_refuses(latents, latents)
 
 
@@ -117,7 +122,7 @@ def _triton_refuses(updated: torch.Tensor, latents: torch.Tensor) -> str | None:
 def cuda_refuses_read(
     latents: torch.Tensor,
     patches: torch.Tensor,
-    w: tuple[torch.Tensor, ...],
+    w: CrossAttentionWeights,
     mask: torch.Tensor | None,
     num_heads: int,
     eps: float,
@@ -125,25 +130,30 @@ def cuda_refuses_read(
     """Why the CUDA kernels cannot read `patches` into `latents`, or None."""
     if mask is not None:
         return "there is a mask"
-    if patches.shape[2] % CUDA_READ_TOKENS:
+    if not patches.shape[2] or patches.shape[2] % CUDA_READ_TOKENS:
         return f"a group has {patches.shape[2]} patches, not a multiple of {CUDA_READ_TOKENS}"
-    return _cuda_refuses(patches, latents, w, num_heads)
+    return _cuda_refuses(patches, latents, w, num_heads, ("kv_norm_weight", "kv_norm_bias"))
 
 
 def cuda_refuses_write(
     patches: torch.Tensor,
     latents: torch.Tensor,
-    w: tuple[torch.Tensor, ...],
+    w: CrossAttentionWeights,
     num_heads: int,
     eps: float,
 ) -> str | None:
     """Why the CUDA kernels cannot write `latents` into `patches`, or None."""
-    return _cuda_refuses(patches, latents, w, num_heads)
+    return _cuda_refuses(patches, latents, w, num_heads, ("o_bias",))
 
 
 def _cuda_refuses(
-    patches: torch.Tensor, latents: torch.Tensor, w: tuple[torch.Tensor, ...], num_heads: int
+    patches: torch.Tensor,
+    latents: torch.Tensor,
+    w: CrossAttentionWeights,
+    num_heads: int,
+    read: tuple[str, ...],
 ) -> str | None:
+    """`read` names the weights that the kernels themselves load, in vectors."""
     if reason := extension.refuses(patches):
         return reason
     if not has_triton():
@@ -162,7 +172,7 @@ def _cuda_refuses(
         return f"there are {batch * groups * tokens} patch tokens, more than {CUDA_MOST_TOKENS}"
     if not patches.is_contiguous():
         return f"patches has strides {patches.stride()}: it must be contiguous"
-    for name, tensor in (("patches", patches), ("o_bias", w[-1])):
+    for name, tensor in {"patches": patches, **{one: getattr(w, one) for one in read}}.items():
         if tensor.data_ptr() % VECTOR:
             return f"{name} does not start at a multiple of {VECTOR} bytes"
     return None

@@ -41,8 +41,8 @@ def group_read(
         x_GNC,
         A_GJC,
         sums_GJ,
-        w.kv_norm_weight,
-        w.kv_norm_bias,
+        w.kv_norm_weight.contiguous(),
+        w.kv_norm_bias.contiguous(),
         P_GJN,
         most,
         sums,
@@ -74,6 +74,6 @@ def group_write(
     values_GJD = triton_latents.values(v_RI, w.o_weight, num_heads, groups, in_order=True)
     y_GND = torch.empty_like(x_GND)
     torch.ops.snapkernels_cuda.group_write(
-        x_GND, A_GJD, sums_GJ, bias_GJ, values_GJD, w.o_bias, y_GND, eps
+        x_GND, A_GJD, sums_GJ, bias_GJ, values_GJD, w.o_bias.contiguous(), y_GND, eps
     )
     return y_GND.view(patches.shape)
