@@ -146,7 +146,9 @@ def values(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None
     with a probe, so are the results at every marker.
     """
     call = make_values(spec, case, dtype, _device(backend))
-    if case.tier != "cpu" and (reason := backend.refuses(*call)):  # too large to be asked before
+    if reason := backend.refuses(*call):
+        # A large case is asked here. Who would run it if it could must be able to.
+        assert case.tier != "cpu" and backend.declines(*call), f"it cannot run: {reason}"
         contract.named_backend_raises(spec, backend, call, reason)
         return
     run = partial(output_of, backend)

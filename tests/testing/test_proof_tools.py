@@ -64,6 +64,16 @@ def test_a_small_case_that_is_near_its_limit_is_judged_by_more_draws(typical, ri
             judged(torch.float32)
 
 
+def test_a_backend_may_refuse_a_large_case_only_if_it_would_decline_it():
+    large = replace(CASES["odd"], tier="gpu")
+    unfit = replace(PATCHIFY.backend("eager"), refuses=lambda *_: "no")
+    with pytest.raises(AssertionError, match="it cannot run: no"):
+        proofs.values(PATCHIFY, large, unfit, torch.float32)
+    declining = replace(unfit, declines=lambda *_: "another is cheaper")
+    spec = replace(PATCHIFY, backends=(declining, *PATCHIFY.backends[-1:]))
+    proofs.values(spec, large, declining, torch.float32)
+
+
 def test_a_mutant_that_no_case_sees_is_an_error():
     harmless = Mutant(name="none", backend="eager", find="one view", replace="a view")
     with pytest.raises(AssertionError, match="no case of patchify sees the bug: none"):
