@@ -81,10 +81,11 @@ _MASKED = (
     _shapes("masked-conditioning", "cpu", (3, 1, 9, 20), (37, 16), 16, 2, mask=True),
 )
 _LARGE = (
-    # What the CUDA kernels take, too much to be interpreted: an odd number of tiles, and, of write,
-    # a ragged last one.
+    # What the CUDA kernels take, too much to be interpreted: an odd number of tiles; of write, a
+    # ragged last one; of read, a group with two slices of the channels.
     _shapes("three-tiles", "gpu", (1, 2, 24, 40), (384, 256), 128, 16, dtypes=(BF16,)),
     _shapes("ragged-tiles", "gpu", (2, 1, 24, 40), (200, 256), 128, 16, dtypes=(BF16,)),
+    _shapes("two-slices", "gpu", (1, 3, 24, 40), (256, 512), 128, 16, dtypes=(BF16,)),
     _shapes("up", "paper", (1, 32, 24, 3072), (4608, 1024), 1024, 16, dtypes=(BF16,)),
     _shapes("3.9b-b16", "paper", (16, 8, 96, 3072), (320, 1024), 1024, 16, dtypes=(BF16,)),
     _shapes("500m-b64", "paper", (64, 8, 64, 1024), (320, 768), 768, 16, dtypes=(BF16,)),

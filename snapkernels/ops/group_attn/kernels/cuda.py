@@ -1,17 +1,18 @@
 """group_read and group_write absorbed, in CUDA C++: csrc/group_attn. Without a backward.
 
-Only what meets the patches is CUDA's. The latents' side is PyTorch's LayerNorm and projections and
-Triton's small products, as in triton_kernels.py.
+Only what meets the patches is CUDA's. The latents' side is PyTorch's projections and Triton's
+LayerNorm and small products, as in triton_kernels.py.
 
 Legend: as in triton_latents.py.
 """
 
 import torch
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import linear
 
 from snapkernels.ops.group_attn.config import CUDA_READ_TOKENS
 from snapkernels.ops.group_attn.kernels import triton_latents
 from snapkernels.ops.group_attn.kernels.triton_kernels import score_scale
+from snapkernels.ops.group_attn.kernels.triton_norm import layer_norm
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
 
@@ -27,7 +28,7 @@ def group_read(
     if not latents.numel():
         return torch.empty_like(latents)
     z_RD, x_GNC = latents.flatten(0, 2).contiguous(), patches.flatten(0, 1)
-    normed_RD = layer_norm(z_RD, z_RD.shape[-1:], w.q_norm_weight, w.q_norm_bias, eps)
+    normed_RD = layer_norm(z_RD, w.q_norm_weight, w.q_norm_bias, eps)
     q_RI = linear(normed_RD, w.q_weight, w.q_bias)
     A_GJC, sums_GJ = triton_latents.absorbed(
         q_RI, w.k_weight, w.kv_norm_weight, num_heads, len(x_GNC), score_scale(q_RI, num_heads)
@@ -64,7 +65,7 @@ def group_write(
     if not patches.numel():
         return torch.empty_like(patches)
     z_RC, x_GND = latents.flatten(0, 2).contiguous(), patches.flatten(0, 1)
-    normed_RC = layer_norm(z_RC, z_RC.shape[-1:], w.kv_norm_weight, w.kv_norm_bias, eps)
+    normed_RC = layer_norm(z_RC, w.kv_norm_weight, w.kv_norm_bias, eps)
     k_RI = linear(normed_RC, w.k_weight, w.k_bias)
     v_RI = linear(normed_RC, w.v_weight, w.v_bias)
     groups, scale = len(x_GND), score_scale(k_RI, num_heads)

@@ -1,7 +1,7 @@
 """group_read and group_write absorbed, in Triton: for any shape, without a backward.
 
-Keys, queries and values of the patches are never made. The latents' LayerNorm and projections are
-PyTorch's; what follows is two passes over the patches and small products around them.
+Keys, queries and values of the patches are never made. The latents' projections are PyTorch's;
+what follows is two passes over the patches and small products around them.
 
 Legend: as in triton_latents.py and triton_scores.py.
 """
@@ -9,10 +9,11 @@ Legend: as in triton_latents.py and triton_scores.py.
 from math import log2
 
 import torch
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import linear
 
 from snapkernels.ops.group_attn.kernels import triton_latents
 from snapkernels.ops.group_attn.kernels.triton_context import context
+from snapkernels.ops.group_attn.kernels.triton_norm import layer_norm
 from snapkernels.ops.group_attn.kernels.triton_scores import read_scores, write_scores
 from snapkernels.ops.group_attn.kernels.triton_update import update
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
@@ -31,7 +32,7 @@ def group_read(
     if not latents.numel():
         return torch.empty_like(latents)
     z_RD, x_GNC = latents.flatten(0, 2).contiguous(), patches.flatten(0, 1).contiguous()
-    normed_RD = layer_norm(z_RD, z_RD.shape[-1:], w.q_norm_weight, w.q_norm_bias, eps)
+    normed_RD = layer_norm(z_RD, w.q_norm_weight, w.q_norm_bias, eps)
     q_RI = linear(normed_RD, w.q_weight, w.q_bias)
     A_GJC, sums_GJ = triton_latents.absorbed(
         q_RI, w.k_weight, w.kv_norm_weight, num_heads, len(x_GNC), score_scale(q_RI, num_heads)
@@ -58,7 +59,7 @@ def group_write(
     if not patches.numel():
         return torch.empty_like(patches)
     z_RC, x_GND = latents.flatten(0, 2).contiguous(), patches.flatten(0, 1).contiguous()
-    normed_RC = layer_norm(z_RC, z_RC.shape[-1:], w.kv_norm_weight, w.kv_norm_bias, eps)
+    normed_RC = layer_norm(z_RC, w.kv_norm_weight, w.kv_norm_bias, eps)
     k_RI = linear(normed_RC, w.k_weight, w.k_bias)
     v_RI = linear(normed_RC, w.v_weight, w.v_bias)
     groups, scale = len(x_GND), score_scale(k_RI, num_heads)
