@@ -195,7 +195,8 @@ class Spec:
         peers: {name: what others offer, a function as `Backend.run` is} that are timed beside the
             forward on a GPU and never chosen; one that raises keeps its reason.
         backward_reads: the inputs that the backward pass has to read.
-        sass: {GPU architecture: instructions that every Triton kernel has there}.
+        sass: {GPU architecture: instructions that every Triton kernel has there; those of the
+            tensor cores, if it has products}.
         most_registers: of a thread of its Triton kernels; 255 is all that there are.
     """
 

@@ -38,12 +38,21 @@ TRITON_DTYPES = {
 
 
 class Report(NamedTuple):
-    """What the compiler made of one launch: bytes of shared memory, registers, machine code."""
+    """What the compiler made of one launch.
+
+    Attributes:
+        kernel: its name.
+        registers: of a thread.
+        stack, shared: bytes of stack, of shared memory.
+        products: whether it multiplies matrices.
+        instructions: that its machine code has.
+    """
 
     kernel: str
     registers: int
     stack: int
     shared: int
+    products: bool
     instructions: list[str]
 
 
@@ -93,7 +102,10 @@ def key(op: str, case: str, dtype: torch.dtype, target: str) -> str:
 def faults(
     launches: list[Report], target: str, wanted: tuple[str, ...], most_registers: int
 ) -> list[str]:
-    """What is wrong with `launches`: spills, registers, shared memory, a `wanted` instruction."""
+    """What is wrong with `launches`: spills, registers, shared memory, a `wanted` instruction.
+
+    One of the tensor cores, an MMA, is wanted only of a kernel that has products.
+    """
     found = [] if launches else ["nothing was launched"]
     for report in launches:
         if report.stack:
@@ -105,7 +117,8 @@ def faults(
         if report.shared > TARGETS[target]:
             found.append(f"{report.kernel} needs {report.shared} bytes of shared memory")
         for instruction in wanted:
-            if not any(instruction in one for one in report.instructions):
+            needed = report.products or not instruction.endswith("MMA")
+            if needed and not any(instruction in one for one in report.instructions):
                 found.append(f"{report.kernel} has no {instruction}")
     return found
 
@@ -179,19 +192,21 @@ def _compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], target: str) -
     if same not in _COMPILED:
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, GPUTarget("cuda", int(target[3:]), 32), options)
-        _COMPILED[same] = _read(kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+        _COMPILED[same] = _read(kernel.__name__, compiled)
     return _COMPILED[same]
 
 
 _COMPILED: dict[str, Report] = {}
 
 
-def _read(kernel: str, cubin: bytes, shared: int) -> Report:
+def _read(kernel: str, compiled: Any) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
+        path.write_bytes(compiled.asm["cubin"])
         usage, code = dump("--dump-resource-usage", path), dump("--dump-sass", path)
-    return Report(kernel, *resources(usage)[0], shared, sorted(set(_INSTRUCTION.findall(code))))
+    shared, products = compiled.metadata.shared, "tt.dot" in compiled.asm["ttir"]
+    instructions = sorted(set(_INSTRUCTION.findall(code)))
+    return Report(kernel, *resources(usage)[0], shared, products, instructions)
 
 
 def resources(usage: str) -> list[tuple[int, int]]:

@@ -175,7 +175,7 @@ def test_another_form_is_refused(text):
 
 
 def test_machine_code_faults_are_named():
-    good = aot.Report("k", 40, 0, 8192, ["LDG.E.128", "STG.E.128"])
+    good = aot.Report("k", 40, 0, 8192, True, ["LDG.E.128", "STG.E.128"])
     assert aot.faults([good], "sm_90", ("LDG.E.128",), 40) == []
     spills = aot.faults([good._replace(stack=8)], "sm_90", (), 40)
     assert spills == ["k spills 8 bytes"]
@@ -183,6 +183,9 @@ def test_machine_code_faults_are_named():
     assert shared == ["k needs 200000 bytes of shared memory"]
     assert aot.faults([good], "sm_90", (), 39) == ["k has 40 registers, more than 39"]
     assert aot.faults([good], "sm_90", ("HGMMA",), 40) == ["k has no HGMMA"]
+    no_products = good._replace(products=False)
+    assert aot.faults([no_products], "sm_90", ("HGMMA",), 40) == []
+    assert aot.faults([no_products], "sm_90", ("LDG.E.64",), 40) == ["k has no LDG.E.64"]
     assert aot.faults([], "sm_90", (), 40) == ["nothing was launched"]
 
 
