@@ -48,6 +48,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = here
 
 
+def pytest_runtest_teardown(item):
+    """What a test leaves cached of the GPU's memory is another process's to take."""
+    if item.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if config.lacking:
         terminalreporter.section("not run here")
