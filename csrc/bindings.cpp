@@ -450,7 +450,7 @@ void group_write(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor sc
 
 void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor norm_weight,
                 Tensor norm_bias, Tensor weights, Tensor most, Tensor sums, Tensor means,
-                Tensor context, double eps) {
+                Tensor context, std::optional<Tensor> average, double eps) {
   using torch::headeronly::ScalarType;
   if (context.numel() == 0) return;
   constexpr const char* op = "group_read";
@@ -463,6 +463,7 @@ void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor nor
   given.norm_bias = bfloat16("norm_bias", norm_bias, width);
   given.weights = bfloat16("weights", weights, columns * given.of.tokens);
   given.context = bfloat16("context", context, columns * width);
+  given.average = average ? bfloat16("average", *average, columns * width) : nullptr;
   STD_TORCH_CHECK(given.of.tokens % snapkernels::kGroupBlock == 0, op, ": tokens");
   const int64_t blocks = given.of.tokens / snapkernels::kGroupBlock;
   STD_TORCH_CHECK(columns * blocks < INT32_MAX, op, ": sizes");
@@ -520,7 +521,7 @@ STABLE_TORCH_LIBRARY(snapkernels_cuda, m) {
   m.def(
       "group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor norm_weight,"
       " Tensor norm_bias, Tensor(a!) weights, Tensor(b!) most, Tensor(c!) sums,"
-      " Tensor(d!) means, Tensor(e!) context, float eps) -> ()");
+      " Tensor(d!) means, Tensor(e!) context, Tensor(f!)? average, float eps) -> ()");
   m.def("sources() -> int");
 }
 

@@ -7,8 +7,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from snapkernels import env
 from snapkernels.dispatch import backward_of, choose, implementation, require_backward, saving
-from snapkernels.spec import PLAIN, Fields, Spec
+from snapkernels.spec import PLAIN, Backend, Fields, Spec
 
 _LIBRARY = torch.library.Library("snapkernels", "FRAGMENT")
 _MOST_PASSED = 256  # calls remembered of one op
@@ -114,16 +115,18 @@ def _register_forward(spec: Spec) -> Callable[..., Any]:
     def run(*flat: Any) -> Any:
         call, backend = _split(spec, flat)
         chosen = choose(spec, backend, call)
-        result = saving(chosen)(*call)
-        if not spec.saved or chosen.backward:
-            return result
-        return result, *(torch.zeros_like(one) for one in _saved(spec, call))
+        if not spec.saved:
+            return saving(chosen)(*call)
+        if chosen.backward and _keeps(spec, call, backend):
+            return saving(chosen)(*call)
+        kept = (torch.zeros_like(one) for one in _saved(spec, call, backend))
+        return _output(implementation(chosen)(*call)), *kept
 
     def fake(*flat: Any) -> Any:
-        call, _ = _split(spec, flat)
+        call, backend = _split(spec, flat)
         sizes = spec.check(*call)
         output = flat[0].new_empty(spec.output.shape(sizes), dtype=spec.result_dtype(call))
-        return (output, *_saved(spec, call)) if spec.saved else output
+        return (output, *_saved(spec, call, backend)) if spec.saved else output
 
     def flops(*flat: Any, out_val: Any) -> int:
         call, _ = _split(spec, flat)
@@ -146,12 +149,18 @@ def _register_backward(spec: Spec) -> tuple[Callable[..., None], Callable[..., A
     count = len(spec.saved)
     forward_only = any(not backend.differentiable for backend in spec.backends)
 
+    def kept_by(chosen: Backend, call: Call, backend: str | None) -> bool:
+        """Whether the forward kept something, and not for another that made the value."""
+        if not _keeps(spec, call, backend):
+            return False
+        return not forward_only or choose(spec, backend, call) is chosen
+
     def run(grad: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
         kept, (call, needs, backend) = rest[:count], _split_needs(spec, rest[count:])
         chosen = choose(spec, backend, call, tracked=True)
         if chosen.backward:
-            if forward_only and kept and choose(spec, backend, call) is not chosen:
-                kept = saving(chosen)(*call)[1:]  # another one made the value, and kept nothing
+            if kept and not kept_by(chosen, call, backend):
+                kept = saving(chosen)(*call)[1:]
             grads = backward_of(chosen)(tuple(needs), grad, *kept, *call)
             return [one for one in grads if one is not None]
         return _differentiated(spec, implementation(chosen), call, needs, grad)
@@ -274,9 +283,19 @@ def _with_gradients(spec: Spec, flat: list[Any]) -> list[Any]:
     return [one for one, has in zip(flat, spec.differentiable, strict=True) if has]
 
 
-def _saved(spec: Spec, call: Call) -> list[torch.Tensor]:
-    """Uninitialised tensors of the forms that the spec's kernels save."""
+def _keeps(spec: Spec, call: Call, backend: str | None) -> bool:
+    """Whether a call keeps what a backward needs: the one named, or of none the spec knows."""
+    name = backend if backend is not None else env.BACKENDS.get(spec.name)
+    if name is not None:
+        return spec.backend(name).backward is not None
+    return spec.keeps(spec.check(*call))
+
+
+def _saved(spec: Spec, call: Call, backend: str | None) -> list[torch.Tensor]:
+    """Uninitialised tensors of the forms that are kept, without elements where none are."""
     sizes, like = spec.check(*call), spec.flatten(call)[0]
+    if not _keeps(spec, call, backend):
+        return [like.new_empty(0, dtype=one.dtype) for one in spec.saved.values()]
     return [like.new_empty(one.shape(sizes), dtype=one.dtype) for one in spec.saved.values()]
 
 

@@ -182,6 +182,9 @@ class Spec:
         rules: between sizes and options, see `snapkernels.validate`.
         output: the result.
         saved: {what a kernel keeps for its backward: its form}.
+        keeps: whether that is kept in a call of such sizes that names no backend; the op's results
+            have to be known before one is chosen. Where it is not, they are empty, and a backward
+            that needs them runs the forward again.
         backends: in the order they are tried.
         reference: the equation, differentiable, in the dtype it is given.
         cases, mutants: what it is proved with.
@@ -209,6 +212,7 @@ class Spec:
     rules: tuple[str, ...] = ()
     output: Tensor
     saved: Mapping[str, Tensor] = field(default_factory=dict)
+    keeps: Callable[[Sizes], bool] = lambda sizes: True
     backends: tuple[Backend, ...]
     reference: Callable[..., torch.Tensor]
     cases: tuple[Case, ...]

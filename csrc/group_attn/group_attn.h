@@ -47,6 +47,7 @@ struct GroupReadArguments {
   void* weights;               // (groups, kGroupColumns, tokens)
   float *most, *sums, *means;  // (groups, tokens / kGroupBlock, kGroupColumns)
   void* context;               // (heads, groups, kGroupLatents, width)
+  void* average;               // likewise, without norm_weight and norm_bias; or null
 };
 
 cudaError_t group_read(const GroupReadArguments& given, cudaStream_t stream);

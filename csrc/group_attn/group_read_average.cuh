@@ -85,13 +85,15 @@ __device__ inline float2 add_blocks(AverageTotals& totals, const GroupReadArgume
   return {__shfl_sync(~0u, most, lane), __shfl_sync(~0u, most, lane + 16)};
 }
 
-// What it starts from is made again, not kept: the products leave 32 registers for all else.
-template <int kLatents>
+// Rows are the latents of the average, without LayerNorm's weight and bias if not `kGained`. What it
+// starts from is made again, not kept: the products leave 32 registers for all else.
+template <int kLatents, bool kGained>
 __device__ inline void write_average(const Accumulators<16> (&sum)[2], const AverageTotals& totals,
                                      const GroupReadArguments& given, int group, int channel) {
   const uint32_t thread = thread_again();
   const int lane = thread % 32, row = (thread / 32 - 4) * 16 + lane / 4;
-  auto* out = reinterpret_cast<uint32_t*>(given.context) + channel / 2 + lane % 4;
+  auto* out = static_cast<uint32_t*>(kGained ? given.context : given.average);
+  out += channel / 2 + lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float scale = totals.scale[row + 8 * i], mean = totals.mean[row + 8 * i];
@@ -101,12 +103,15 @@ __device__ inline void write_average(const Accumulators<16> (&sum)[2], const Ave
     auto* to = out + latent * (given.of.width / 2);
 #pragma unroll
     for (int b = 0; b < 32; ++b) {
-      const uint32_t w = totals.norm_weight[4 * b + lane % 4];
-      const uint32_t c = totals.norm_bias[4 * b + lane % 4];
       const float* pair = sum[b / 16][b % 16] + 2 * i;
-      const float low = fmaf(pair[0], scale, -mean), high = fmaf(pair[1], scale, -mean);
-      to[4 * b] = bf16_pair(fmaf(low, bf16_low(w), bf16_low(c)),
-                            fmaf(high, bf16_high(w), bf16_high(c)));
+      float low = fmaf(pair[0], scale, -mean), high = fmaf(pair[1], scale, -mean);
+      if constexpr (kGained) {
+        const uint32_t w = totals.norm_weight[4 * b + lane % 4];
+        const uint32_t c = totals.norm_bias[4 * b + lane % 4];
+        low = fmaf(low, bf16_low(w), bf16_low(c));
+        high = fmaf(high, bf16_high(w), bf16_high(c));
+      }
+      to[4 * b] = bf16_pair(low, high);
     }
   }
 }
@@ -208,7 +213,12 @@ __global__ void __launch_bounds__(kAverageThreads, 1)
           ring.next();
         }
       }
-      write_average<kLatents>(sum, totals, given, item / slices, item % slices * kAverageChannels);
+      const int channel = item % slices * kAverageChannels;
+      if (given.average != nullptr) {
+        write_average<kLatents, false>(sum, totals, given, item / slices, channel);
+      }
+      __syncwarp();  // nothing of one is kept for the other: registers are short
+      write_average<kLatents, true>(sum, totals, given, item / slices, channel);
     }
   }
   cluster_wait();

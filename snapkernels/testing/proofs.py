@@ -221,15 +221,21 @@ def _hold(errors: list[float], dtype: torch.dtype, rounded_to: torch.dtype) -> N
 def gradients(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
     """The gradients of every input are those of the reference."""
     call = make_values(spec, case, dtype, _device(backend))
-    assert (reason := backend.refuses(*call)) is None, f"it cannot run: {reason}"
-    for asked in _asked(spec):
+    if reason := backend.refuses(*call):
+        assert case.tier != "cpu" and backend.declines(*call), f"it cannot run: {reason}"
+        return
+
+    def of_backend(call: tuple[Any, ...], *, asked: bool) -> tuple[torch.Tensor, ...]:
         with nan_filled():
-            actual = contract.gradients_of(OPS[spec.name], call, backend.name, asked=asked)
-        wide = call if spec.exact else widened(call)
-        expected = contract.gradients_of(OPS[spec.name], wide, "reference", asked=asked)
+            return contract.gradients_of(OPS[spec.name], call, backend.name, asked=asked)
+
+    for asked in _asked(spec):
         if not spec.exact:
-            judge_gradients(spec, backend, dtype, call, actual, expected, asked=asked)
+            gradients_of = partial(of_backend, asked=asked)
+            judge_gradients(spec, case, backend, dtype, gradients_of, asked=asked)
             continue
+        actual = of_backend(call, asked=asked)
+        expected = contract.gradients_of(OPS[spec.name], call, "reference", asked=asked)
         wrong = [not same_bits(one, other) for one, other in zip(actual, expected, strict=True)]
         assert not any(wrong), f"gradients {wrong} are not the reference's, bit for bit"
 
@@ -243,33 +249,77 @@ def _asked(spec: Spec) -> tuple[bool, ...]:
 
 def judge_gradients(
     spec: Spec,
+    case: Case,
     backend: Backend,
     dtype: torch.dtype,
-    call: tuple[Any, ...],
-    actual: tuple[torch.Tensor, ...],
-    expected: tuple[torch.Tensor, ...],
+    gradients_of: Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]],
     *,
     asked: bool = True,
 ) -> None:
-    """Hold the gradients of `call` against the reference's in float64, each by its error."""
-    limits = [GRADIENT_SLACK * LIMITS[dtype]] * len(actual)
-    if backend.name != "eager":
-        of_eager = contract.gradients_of(OPS[spec.name], call, "eager", asked=asked)
-        eager = _gradient_errors(of_eager, expected)
-        rounded = tuple(wide.to(one.dtype) for one, wide in zip(actual, expected, strict=True))
-        spread = [1 + SPREADS / (2 * one.numel()) ** 0.5 for one in actual]
-        eager = [error * more for error, more in zip(eager, spread, strict=True)]
-        as_good = [
-            AS_GOOD[one.dtype] * error
-            for one, error in zip(actual, _gradient_errors(rounded, expected), strict=True)
-        ]
-        limits = [
-            min(limit, max(pair)) for limit, *pair in zip(limits, eager, as_good, strict=True)
-        ]
-    errors = _gradient_errors(actual, expected)
-    bad = [(i, e, x) for i, (e, x) in enumerate(zip(errors, limits, strict=True)) if not e <= x]
+    """Hold what `gradients_of` a call is against the reference's in float64, each by its error.
+
+    Of a small case that is near a limit, those of `DRAWS` inputs as if they were one.
+    """
+
+    def drawn(seed: int | None = None) -> tuple[list[list[float]], tuple[torch.Tensor, ...]]:
+        more = {} if seed is None else {"seed": seed}
+        call = make_values(spec, case, dtype, _device(backend), **more)
+        actual = gradients_of(call)
+        return _errors_of_gradients(spec, backend, call, actual, asked=asked), actual
+
+    errors, actual = drawn()
+    try:
+        _hold_gradients(errors, spec, case, dtype, actual)
+    except NearError:
+        if case.tier == "paper":
+            raise
+        squares = torch.zeros(len(errors), len(actual), dtype=torch.float64)
+        for seed in range(DRAWS):
+            squares += torch.tensor(drawn(seed)[0], dtype=torch.float64).square()
+        _hold_gradients((squares / DRAWS).sqrt().tolist(), spec, case, dtype, actual, DRAWS)
+
+
+def _errors_of_gradients(
+    spec: Spec,
+    backend: Backend,
+    call: tuple[Any, ...],
+    actual: tuple[torch.Tensor, ...],
+    *,
+    asked: bool,
+) -> list[list[float]]:
+    """Of every gradient and, unless they are eager's, of eager's and of the exact ones, rounded."""
+    expected = contract.gradients_of(OPS[spec.name], widened(call), "reference", asked=asked)
+    if backend.name == "eager":
+        return [_gradient_errors(actual, expected)]
+    eager = contract.gradients_of(OPS[spec.name], call, "eager", asked=asked)
+    rounded = tuple(wide.to(one.dtype) for one, wide in zip(actual, expected, strict=True))
+    return [_gradient_errors(ones, expected) for ones in (actual, eager, rounded)]
+
+
+def _hold_gradients(
+    errors: list[list[float]],
+    spec: Spec,
+    case: Case,
+    dtype: torch.dtype,
+    actual: tuple[torch.Tensor, ...],
+    draws: int = 1,
+) -> None:
+    """Of an op with several exact algorithms a backend may round elsewhere than eager does.
+
+    In a small case, whose few tokens do not average that out, its error may be `NEAR` times that.
+    """
+    own, *others = errors
+    limits = [GRADIENT_SLACK * LIMITS[dtype]] * len(own)
+    if others:
+        elsewhere = NEAR if case.tier != "paper" and spec.algorithms else 1
+        for i, (one, eager, rounded) in enumerate(zip(actual, *others, strict=True)):
+            spread = 1 + SPREADS / (2 * one.numel() * draws) ** 0.5
+            as_good = max(elsewhere * spread * eager, AS_GOOD[one.dtype] * rounded)
+            limits[i] = min(limits[i], as_good)
+    bad = [(i, e, x) for i, (e, x) in enumerate(zip(own, limits, strict=True)) if not e <= x]
     if bad:
-        raise WrongError(f"(gradient, relative rms error, limit): {bad}")
+        kind = NearError if all(error <= NEAR * limit for _, error, limit in bad) else WrongError
+        raise kind(f"(gradient, relative rms error, limit): {bad}")
 
 
 def _gradient_errors(
@@ -303,7 +353,7 @@ def mutant_is_seen(op: Op, mutant: Mutant) -> None:
                     continue
                 try:
                     if mutant.backward:
-                        own_gradients(spec, backend, dtype, call)
+                        own_gradients(spec, case, backend, dtype)
                     else:
                         values(spec, case, backend, dtype)
                 except WrongError:
@@ -315,17 +365,18 @@ def mutant_is_seen(op: Op, mutant: Mutant) -> None:
 _JUDGED = (torch.float32, torch.bfloat16)  # in the first of them that the backend takes
 
 
-def own_gradients(spec: Spec, backend: Backend, dtype: torch.dtype, call: tuple[Any, ...]) -> None:
+def own_gradients(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
     """The gradients that `backend` itself computes are those of the reference."""
-    result = saving(backend)(*call)
-    output, saved = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
-    grad = contract.output_gradient(output)
-    for asked in _asked(spec):
+
+    def by_itself(call: tuple[Any, ...], *, asked: bool) -> tuple[torch.Tensor, ...]:
+        result = saving(backend)(*call)
+        output, saved = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
         needs = contract.needed(spec, call, asked=asked)
-        grads = backward_of(backend)(needs, grad, *saved, *call)
-        actual = tuple(one for one in grads if one is not None)
-        expected = contract.gradients_of(OPS[spec.name], widened(call), "reference", asked=asked)
-        judge_gradients(spec, backend, dtype, call, actual, expected, asked=asked)
+        grads = backward_of(backend)(needs, contract.output_gradient(output), *saved, *call)
+        return tuple(one for one in grads if one is not None)
+
+    for asked in _asked(spec):
+        judge_gradients(spec, case, backend, dtype, partial(by_itself, asked=asked), asked=asked)
 
 
 def machine_code(spec: Spec, case: Case, dtype: torch.dtype, target: str) -> None:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from snapkernels.dispatch import choose, implementation
+from snapkernels.dispatch import backward_of, choose, implementation, saving
 from snapkernels.registry import OPS
 from snapkernels.testing.cases import make_values
+from snapkernels.testing.contract import needed
 from snapkernels.testing.numerics import relative_rms, widened
 
 pytestmark = pytest.mark.gpu
@@ -86,6 +87,66 @@ def test_offsets_past_two_to_the_31(spec, backend, gpu):
     assert torch.equal(last, run(spec, backend, alone))
 
 
+def gradients(spec, backend, call):
+    """Those of every input, for a gradient of the output that is the first input."""
+    values = tuple(call.values())
+    _, *saved = saving(spec.backend(backend))(*values)
+    needs = needed(spec, values)
+    return backward_of(spec.backend(backend))(needs, values[0], *saved, *values)
+
+
+@pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
+def test_a_thousand_backwards_are_equal_in_every_bit(spec, gpu):
+    call = upsampler(spec)
+    first = gradients(spec, "cuda", call)
+    differ = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for one, other in zip(gradients(spec, "cuda", call), first, strict=True):
+            differ += (one.view(torch.int16) != other.view(torch.int16)).any()
+    assert differ == 0
+
+
+@pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
+def test_a_backward_is_captured_in_a_cuda_graph(spec, gpu):
+    call = upsampler(spec, groups=4)
+    expected = gradients(spec, "cuda", call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(spec, "cuda", call)
+    for one in found:
+        one.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(("spec", "most_gib"), [(READ, 0.05), (WRITE, 0.15)])
+def test_what_a_forward_keeps_for_its_backward(spec, most_gib, gpu):
+    call = upsampler(spec)
+    function = OPS[spec.name].function
+    for one in call["weights"]:
+        one.requires_grad_()
+    with torch.enable_grad():
+        function(**call)
+        before = torch.cuda.memory_allocated()
+        output = function(**call)
+    kept = torch.cuda.memory_allocated() - before - output.untyped_storage().nbytes()
+    assert output.requires_grad and kept <= most_gib * 2**30, kept / 2**30
+
+
+@pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
+def test_the_gradient_of_the_patches_past_two_to_the_31(spec, gpu):
+    """Of sixteen videos, 2.4 G elements, the last comes out as it does alone."""
+    call = upsampler(spec, batch=16)
+    patches = list(spec.inputs).index("patches")
+    last = gradients(spec, "cuda", call)[patches][-1:].clone()
+    alone = {
+        name: value[-1:] if isinstance(value, torch.Tensor) and value.dim() == 4 else value
+        for name, value in call.items()
+    }
+    assert torch.equal(last, gradients(spec, "cuda", alone)[patches])
+
+
 @pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
 def test_a_token_that_is_not_a_number_is_seen(spec, gpu):
     call = upsampler(spec, groups=2)
@@ -119,5 +180,6 @@ def test_the_upsampler_runs_on_cuda_and_the_first_stage_does_not(spec, gpu):
         values = make_values(spec, case, torch.bfloat16, "meta")
         on = [torch.empty_like(one, device="cuda") for one in values[:2]]
         weights = type(values[2])(*(torch.empty_like(one, device="cuda") for one in values[2]))
-        chosen = choose(spec, None, (*on, weights, *values[3:])).name
-        assert chosen == ("cuda" if case.name == "up" else "eager"), case.name
+        for tracked in (False, True):
+            chosen = choose(spec, None, (*on, weights, *values[3:]), tracked=tracked).name
+            assert chosen == ("cuda" if case.name == "up" else "eager"), case.name

@@ -1,5 +1,7 @@
 """Which of a backend's functions a call runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -136,6 +138,22 @@ def test_a_traced_call_is_computed_again_for_its_gradient(
     (grad,) = torch.autograd.grad(compiled(x).sum(), x)
     assert grad.tolist() == [3, 12]
     assert ran == ["forward only"] + with_backward * ["saving", "backward"]
+
+
+@pytest.mark.parametrize("backend", [None, "kernel"])
+def test_a_traced_call_keeps_what_the_spec_says_or_what_is_named_needs(ran, functions, backend):
+    spec = replace(
+        cube_spec(f"cube_kept_{backend}", Backend(name="kernel", **functions)),
+        keeps=lambda sizes: sizes["N"] > 2,
+    )
+    cube = define(spec)
+    compiled = torch.compile(lambda x: cube(x, backend), fullgraph=True, backend="aot_eager")
+    for count in (2, 3):
+        x = torch.ones(count, requires_grad=True)
+        (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+        assert grad.tolist() == count * [3]
+    kept = ["saving", "backward"]
+    assert ran == (kept if backend else ["run", *kept]) + kept
 
 
 def test_explain_says_what_trains(functions, forward_only):

@@ -4,54 +4,158 @@ from snapkernels.spec import Mutant
 
 
 def _triton_bug(name: str, module: str, find: str, replace: str) -> Mutant:
-    """A bug of the Triton backend, in kernels/triton_<module>.py."""
-    file = f"triton_{module}"
-    return Mutant(name=name, backend="triton", module=file, find=find, replace=replace)
+    """A bug of the Triton backend, in kernels/<module>.py."""
+    return Mutant(name=name, backend="triton", module=module, find=find, replace=replace)
 
 
 _TRITON = (
-    _triton_bug("scale 1 % high", "kernels", "-0.5 * LOG2_E", "-0.5 * LOG2_E * 1.01"),
-    _triton_bug("mean left in float32 scores", "scores", "x_MC -= mean_M[:, None]", "pass"),
+    _triton_bug("scale 1 % high", "absorbed", "-0.5 * LOG2_E", "-0.5 * LOG2_E * 1.01"),
+    _triton_bug("mean left in float32 scores", "triton_scores", "x_MC -= mean_M[:, None]", "pass"),
     _triton_bug(
-        "mean left in 16-bit scores", "scores", "product_MS -= mean_M[:, None] * sums_S[None, :]",
+        "mean left in 16-bit scores",
+        "triton_scores",
+        "product_MS -= mean_M[:, None] * sums_S[None, :]",
         "pass",
     ),
     _triton_bug(
-        "latents of the second piece from 0", "scores", "h_S, l_S = h + s_S // PIECE, first + s_S",
+        "latents of the second piece from 0",
+        "triton_scores",
+        "h_S, l_S = h + s_S // PIECE, first + s_S",
         "h_S, l_S = h + s_S // PIECE, s_S",
     ),
-)  # fmt: skip
+)
 _TRITON_READ = (
-    _triton_bug("groups swapped", "context", "* groups + g) *", "* groups + groups - 1 - g) *"),
-    _triton_bug("last block dropped", "context", "in range(blocks):", "in range(blocks - 1):"),
-    _triton_bug("blocks not at one maximum", "context", "of_block_J - most_J", "0 * most_J"),
-    _triton_bug("means left in the context", "context", "sum_JD -= moment_J[:, None]", "pass"),
     _triton_bug(
-        "first token of each block dropped", "scores", "m_read_M = m_M",
+        "groups swapped", "triton_token_sums", "* groups + g) *", "* groups + groups - 1 - g) *"
+    ),
+    _triton_bug(
+        "last block dropped", "triton_token_sums", "in range(blocks):", "in range(blocks - 1):"
+    ),
+    _triton_bug(
+        "blocks not at one maximum", "triton_token_sums", "of_block_J - most_J", "0 * most_J"
+    ),
+    _triton_bug(
+        "means left in the average", "triton_token_sums", "sum_JD -= moment_J[:, None]", "pass"
+    ),
+    _triton_bug(
+        "first token of each block dropped",
+        "triton_scores",
+        "m_read_M = m_M",
         "m_read_M = m_M & (tl.arange(0, BLOCK_M) > 0)",
     ),
-    _triton_bug("padding counted", "scores", "m_read_M = m_M", "m_read_M = m_M | (mean_M == 0)"),
-    _triton_bug("mask ignored", "scores", "other=0) != 0", "other=0) >= 0"),
-    _triton_bug("nothing to read gives v's bias", "latents", "(readable_R != 0)", "(r_R >= 0)"),
-    _triton_bug("residual left out", "latents", "residual=residual_RD.contiguous(),", ""),
-)  # fmt: skip
+    _triton_bug(
+        "padding counted", "triton_scores", "m_read_M = m_M", "m_read_M = m_M | (mean_M == 0)"
+    ),
+    _triton_bug("mask ignored", "triton_scores", "other=0) != 0", "other=0) >= 0"),
+    _triton_bug(
+        "nothing to read gives v's bias", "triton_latents", "(readable_R != 0)", "(r_R >= 0)"
+    ),
+    _triton_bug("residual left out", "triton_latents", "residual=residual_RD.contiguous(),", ""),
+)
 _TRITON_WRITE = (
     _triton_bug(
-        "groups swapped", "update", "p_values += g * COLUMNS",
+        "groups swapped",
+        "triton_update",
+        "p_values += g * COLUMNS",
         "p_values += (tl.num_programs(0) // parts // tiles - 1 - g) * COLUMNS",
     ),
     _triton_bug(
-        "last columns dropped", "update", "range(0, COLUMNS, BLOCK_J)",
+        "last columns dropped",
+        "triton_update",
+        "range(0, COLUMNS, BLOCK_J)",
         "range(0, COLUMNS - COLUMNS % BLOCK_J, BLOCK_J)",
     ),
-    _triton_bug("padding counted", "scores", "mask=m_S, other=-1e30", "mask=m_S, other=0.0"),
+    _triton_bug("padding counted", "triton_scores", "mask=m_S, other=-1e30", "mask=m_S, other=0.0"),
     _triton_bug(
-        "score bias left out", "latents", "p_bias + j_R, bias_R", "p_bias + j_R, 0 * bias_R"
+        "score bias left out", "triton_latents", "p_bias + j_R, bias_R", "p_bias + j_R, 0 * bias_R"
     ),
     _triton_bug(
-        "residual left out", "update", "sum_MD += tl.load(p_x", "sum_MD += 0 * tl.load(p_x"
+        "residual left out", "triton_update", "sum_MD += tl.load(p_x", "sum_MD += 0 * tl.load(p_x"
     ),
-)  # fmt: skip
+)
+
+
+def _backward_bug(name: str, module: str, find: str, replace: str) -> Mutant:
+    """A bug of the absorbed backward, in kernels/<module>.py."""
+    return Mutant(
+        name=name, backend="triton", module=module, find=find, replace=replace, backward=True
+    )
+
+
+_BACKWARD = (
+    _backward_bug(
+        "patches' gradient with A of the first group",
+        "triton_patch_grads",
+        "p_A + g * COLUMNS * DIM",
+        "p_A",
+    ),
+    _backward_bug(
+        "LayerNorm's mean of the gradient left in",
+        "triton_patch_grads",
+        "sum_MD -= (ones_M / DIM)[:, None]",
+        "pass",
+    ),
+    _backward_bug(
+        "LayerNorm's second term left out",
+        "triton_patch_grads",
+        "(rstd_M * norms_M / DIM)",
+        "(0 * norms_M)",
+    ),
+    _backward_bug(
+        "A's gradient from the last tile alone",
+        "triton_token_sums",
+        "tl.dot(tl.trans(P_MJ), x_MD, sum_JD, ",
+        "tl.dot(tl.trans(P_MJ), x_MD, ",
+    ),
+)
+_BACKWARD_READ = (
+    _backward_bug("delta left out", "triton_score_grads", "(dP_MS - delta_S[None, :])", "dP_MS"),
+    _backward_bug(
+        "patches' gradient with W of the first group",
+        "triton_patch_grads",
+        "p_W + g * COLUMNS * DIM",
+        "p_W",
+    ),
+    _backward_bug(
+        "gradient of v's bias lost",
+        "absorbed_backward",
+        "v_bias=d_v_bias_I",
+        "v_bias=0 * d_v_bias_I",
+    ),
+    _backward_bug(
+        "what has nothing to read has a gradient",
+        "absorbed_backward",
+        "d_heads_RI *= readable_R[:, None]",
+        "pass",
+    ),
+    _backward_bug(
+        "residual left out of the latents' gradient",
+        "absorbed_backward",
+        "(dz_RD + dy_RD)",
+        "dz_RD",
+    ),
+)
+_BACKWARD_WRITE = (
+    _backward_bug("delta left out", "triton_score_grads", "- delta_MH[:, :, None]", ""),
+    _backward_bug(
+        "gradient of the score bias lost",
+        "triton_score_grads",
+        "tl.sum(dS_MS, axis=0)",
+        "0 * tl.sum(dS_MS, axis=0)",
+    ),
+    _backward_bug(
+        "standard deviation left out", "triton_score_grads", "(dS_MS * rstd_M[:, None])", "dS_MS"
+    ),
+    _backward_bug(
+        "gradient of the output not added", "triton_patch_grads", "sum_MD += dy_MD", "pass"
+    ),
+    _backward_bug(
+        "last tile dropped of the gradient of o's bias",
+        "triton_patch_grads",
+        "dy_sums.sum(0)",
+        "dy_sums[:-1].sum(0)",
+    ),
+)
 
 
 def _cuda_bug(name: str, file: str, find: str, replace: str) -> Mutant:
@@ -62,24 +166,32 @@ def _cuda_bug(name: str, file: str, find: str, replace: str) -> Mutant:
 
 _CUDA_READ = (
     _cuda_bug(
-        "blocks not at one maximum", "group_read_average", "power_pair(next[0] - top.x)",
+        "blocks not at one maximum",
+        "group_read_average",
+        "power_pair(next[0] - top.x)",
         "power_pair(0)",
     ),
     _cuda_bug(
         "means left in", "group_read_average", "fmaf(pair[0], scale, -mean)", "pair[0] * scale"
     ),
     _cuda_bug(
-        "last tile dropped", "group_read_weights", "if (token < given.of.tokens) {",
+        "last tile dropped",
+        "group_read_weights",
+        "if (token < given.of.tokens) {",
         "if (token + kScoreTokens < given.of.tokens) {",
     ),
     _cuda_bug(
-        "weights of the first group", "group_read_average", "group, ring.full());",
+        "weights of the first group",
+        "group_read_average",
+        "group, ring.full());",
         "0, ring.full());",
     ),
-)  # fmt: skip
+)
 _CUDA_WRITE = (
     _cuda_bug(
-        "values of the first group", "group_write", "channel + rank * 64, column, group)",
+        "values of the first group",
+        "group_write",
+        "channel + rank * 64, column, group)",
         "channel + rank * 64, column, 0)",
     ),
     _cuda_bug("mean left in", "group_write", "-moments.mean[i] * moments.rstd[i]", "0"),
@@ -88,7 +200,7 @@ _CUDA_WRITE = (
     _cuda_bug(
         "a head's sum over half of its lanes", "group_write", "__shfl_xor_sync(~0u, sum[i], 2)", "0"
     ),
-)  # fmt: skip
+)
 
-READ = (*_TRITON, *_TRITON_READ, *_CUDA_READ)
-WRITE = (*_TRITON, *_TRITON_WRITE, *_CUDA_WRITE)
+READ = (*_TRITON, *_TRITON_READ, *_BACKWARD, *_BACKWARD_READ, *_CUDA_READ)
+WRITE = (*_TRITON, *_TRITON_WRITE, *_BACKWARD, *_BACKWARD_WRITE, *_CUDA_WRITE)

@@ -16,6 +16,7 @@ TRITON_MOST_LATENTS = 128  # of a group: the columns of one head are a tile's at
 # L2, is read half as often as of 64; 192 columns beside them are 96 accumulators a thread.
 TRITON_TOKENS = {2: 128, 4: 32}  # of a program
 TRITON_COLUMNS = {2: 192, 4: 64}  # of scores, of a program: whole heads, so at least one
+TRITON_GRAD_COLUMNS = {2: 96, 4: 32}  # where P and its gradient are in registers, of 192 some spill
 TRITON_LEAST_COLUMNS = 16  # of a product
 TRITON_LEAST_REST = 8  # latents of a head's second piece: fewer are no 16-byte store
 TRITON_SCORES_CHANNELS = {2: 64, 4: 32}  # of C at once
@@ -75,13 +76,15 @@ class ScoreBlocks(NamedTuple):
     rest: int
 
 
-def score_blocks(item: int, num_heads: int, latents: int) -> ScoreBlocks:
-    """The blocks for `latents` of a group, in a dtype of `item` bytes."""
+def score_blocks(
+    item: int, num_heads: int, latents: int, most: dict[int, int] = TRITON_COLUMNS
+) -> ScoreBlocks:
+    """The blocks for `latents` of a group, in a dtype of `item` bytes, of `most` columns."""
     first, rest = power_of_two(latents), 0
     if (smaller := max(TRITON_LEAST_REST, power_of_two(latents - first // 2))) < first // 2:
         first, rest = first // 2, smaller
     heads = power_of_two(num_heads)
-    while heads > 1 and heads * (first + rest) > TRITON_COLUMNS[item]:
+    while heads > 1 and heads * (first + rest) > most[item]:
         heads //= 2
     least = TRITON_LEAST_COLUMNS // min(first, rest or first)
     return ScoreBlocks(TRITON_TOKENS[item], max(heads, least), first, rest)

@@ -36,8 +36,8 @@ def group_read(
         mask: (B, G, N) bool, True where a patch may be read. A latent whose group has none gets
             zero attention, so its branch is o's bias.
         eps: of both LayerNorms.
-        backend: "cuda" or "triton", which have no backward, "eager" or "reference"; None takes the
-            first that can run this call and expects to be fastest.
+        backend: "cuda", "triton", "eager" or "reference"; None takes the first that can run this
+            call and expects to be fastest.
 
     Returns:
         (B, G, L, D), the latents with the branch added, contiguous.
@@ -45,7 +45,7 @@ def group_read(
     Raises:
         ValueError: shapes, dtypes or devices that disagree, num_heads that does not divide I, or
             an unknown backend, or one that cannot run this call.
-        NotImplementedError: a named backend has no backward, and the call is to be differentiated.
+        NotImplementedError: a second derivative is asked for, or one in forward mode.
     """
     return _group_read(latents, patches, weights, mask, num_heads, eps, backend)
 

@@ -23,6 +23,7 @@ def absorb_kernel(
     p_gain,
     p_shift,
     p_q_bias,
+    p_average,
     p_A,
     p_sums,
     p_bias,
@@ -33,11 +34,14 @@ def absorb_kernel(
     WIDTH: tl.constexpr,
     DIM: tl.constexpr,
     BIASED: tl.constexpr,
+    WEIGHED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A of one head and a block of latents, its sums over C, and the write's score bias.
+    """A of one head and a block of latents, its sums over C, and a number more for each row.
+
+    That is the write's score bias or, of a backward, the product of A and the read's average.
 
     A program goes over all of C, so that the sums need no second pass and no atomics.
     """
@@ -65,6 +69,10 @@ def absorb_kernel(
         p_RC = p_A + j_R[:, None] * DIM + c_C[None, :]
         tl.store(p_RC, A_RC, mask=m_R[:, None] & m_C[None, :])
         sums_R += tl.sum(A_RC.to(tl.float32), axis=1)
+        if WEIGHED:
+            p_RC = p_average + (h * rows + r_R)[:, None] * DIM + c_C[None, :]
+            average_RC = tl.load(p_RC, mask=m_R[:, None] & m_C[None, :], other=0.0)
+            bias_R += tl.sum(A_RC.to(tl.float32) * average_RC.to(tl.float32), axis=1)
         if BIASED:
             shift_C = tl.load(p_shift + c_C, mask=m_C, other=0.0).to(tl.float32)
             bias_R += tl.sum(product_RC * shift_C[None, :], axis=1)
@@ -77,6 +85,7 @@ def absorb_kernel(
             heads_RE = tl.load(p_RE, mask=m_R[:, None] & m_E[None, :], other=0.0)
             q_bias_E = tl.load(p_q_bias + h * WIDTH + e_E, mask=m_E, other=0.0).to(tl.float32)
             bias_R += tl.sum(heads_RE.to(tl.float32) * (q_bias_E * scale)[None, :], axis=1)
+    if BIASED or WEIGHED:
         tl.store(p_bias + j_R, bias_R, mask=m_R)
 
 
@@ -85,9 +94,11 @@ def product_kernel(
     p_x,
     p_weight,
     p_bias,
+    p_factor,
     p_readable,
     p_residual,
     p_y,
+    p_rest,
     rows,
     x_head,
     x_row,
@@ -100,14 +111,19 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     HAS_READABLE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_REST: tl.constexpr,
     IN_ORDER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """y = x weight^T (+ bias, of each head its own) (0 of an unreadable row) (+ residual).
+
+    With a factor, (heads, rows), a row's bias is multiplied by it. The rest is what y's rounding
+    took off, rounded itself.
 
     Program (tile, head). Heads lie `x_head`, `weight_head` and `y_head` elements apart, groups of
     y `y_group`, and rows, of y within a group, `x_row`, `weight_row` and `y_row`. The residual
@@ -132,8 +148,12 @@ def product_kernel(
         weight_KO = tl.load(p_KO, mask=m_K[:, None] & m_O[None, :], other=0.0)
         y_RO = tl.dot(x_RK, weight_KO, y_RO, input_precision="ieee")
     if HAS_BIAS:
-        bias_O = tl.load(p_bias + h * COLUMNS + o_O, mask=m_O, other=0.0)
-        y_RO += bias_O.to(tl.float32)[None, :]
+        bias_O = tl.load(p_bias + h * COLUMNS + o_O, mask=m_O, other=0.0).to(tl.float32)
+        if HAS_FACTOR:
+            factor_R = tl.load(p_factor + h * rows + r_R, mask=m_R, other=0.0)
+            y_RO += factor_R[:, None] * bias_O[None, :]
+        else:
+            y_RO += bias_O[None, :]
     if HAS_READABLE:
         readable_R = tl.load(p_readable + r_R, mask=m_R, other=0)
         y_RO = tl.where((readable_R != 0)[:, None], y_RO, 0.0)
@@ -142,7 +162,11 @@ def product_kernel(
     m_RO = m_R[:, None] & m_O[None, :]
     if HAS_RESIDUAL:
         y_RO += tl.load(p_residual + at_RO, mask=m_RO, other=0.0).to(tl.float32)
-    tl.store(p_y + at_RO, y_RO.to(p_y.dtype.element_ty), mask=m_RO)
+    rounded_RO = y_RO.to(p_y.dtype.element_ty)
+    tl.store(p_y + at_RO, rounded_RO, mask=m_RO)
+    if HAS_REST:
+        rest_RO = y_RO - rounded_RO.to(tl.float32)
+        tl.store(p_rest + at_RO, rest_RO.to(p_y.dtype.element_ty), mask=m_RO)
 
 
 def absorbed(
@@ -158,10 +182,23 @@ def absorbed(
     `sums_GJ`, float32, are the sums over C of A as it was rounded: a product with tokens whose
     mean is taken off afterwards needs those.
     """
-    A_GJC, sums_GJ, _ = _absorb(
-        heads_RI, weight_IC, norm_weight_C, None, None, num_heads, groups, scale
-    )
+    A_GJC, sums_GJ, _ = _absorb(heads_RI, weight_IC, norm_weight_C, num_heads, groups, scale)
     return A_GJC, sums_GJ
+
+
+def absorbed_weighed(
+    heads_RI: torch.Tensor,
+    weight_IC: torch.Tensor,
+    norm_weight_C: torch.Tensor,
+    average_HRC: torch.Tensor,
+    num_heads: int,
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(W_GJC, sums_GJ, delta_GJ): as `absorbed` without a scale, and delta = W . average."""
+    return _absorb(
+        heads_RI, weight_IC, norm_weight_C, num_heads, groups, 1.0,
+        average_HRC=average_HRC.contiguous(),
+    )  # fmt: skip
 
 
 def absorbed_biased(
@@ -179,26 +216,29 @@ def absorbed_biased(
     bias[h L + l] = scale * (norm_bias . (heads_h[l] weight_h) + heads_h[l] . q_bias_h), float32.
     """
     return _absorb(
-        heads_RI, weight_IC, norm_weight_C, norm_bias_C, q_bias_I, num_heads, groups, scale
-    )
+        heads_RI, weight_IC, norm_weight_C, num_heads, groups, scale,
+        norm_bias_C=norm_bias_C.contiguous(), q_bias_I=q_bias_I.contiguous(),
+    )  # fmt: skip
 
 
 def _absorb(
     heads_RI: torch.Tensor,
     weight_IC: torch.Tensor,
     norm_weight_C: torch.Tensor,
-    norm_bias_C: torch.Tensor | None,
-    q_bias_I: torch.Tensor | None,
     num_heads: int,
     groups: int,
     scale: float,
+    *,
+    norm_bias_C: torch.Tensor | None = None,
+    q_bias_I: torch.Tensor | None = None,
+    average_HRC: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (rows, inner), width, item = heads_RI.shape, weight_IC.shape[1], heads_RI.element_size()
     latents, channels = rows // groups, inner // num_heads
     A_GJC = heads_RI.new_empty(groups, num_heads * latents, width)
     sums_GJ = heads_RI.new_empty(A_GJC.shape[:2], dtype=torch.float32)
-    biased = norm_bias_C is not None and q_bias_I is not None
-    bias_GJ = torch.empty_like(sums_GJ) if biased else sums_GJ
+    biased, weighed = norm_bias_C is not None, average_HRC is not None
+    bias_GJ = torch.empty_like(sums_GJ) if biased or weighed else sums_GJ
     gain = norm_weight_C.contiguous()
     block_r = config.block(rows, config.TRITON_LATENT_ROWS[item])
     with torch.cuda.device_of(heads_RI):  # Triton launches on the current device
@@ -206,8 +246,9 @@ def _absorb(
             heads_RI.contiguous(),
             weight_IC.contiguous(),
             gain,
-            gain if norm_bias_C is None else norm_bias_C.contiguous(),
-            gain if q_bias_I is None else q_bias_I.contiguous(),
+            gain if norm_bias_C is None else norm_bias_C,
+            gain if q_bias_I is None else q_bias_I,
+            gain if average_HRC is None else average_HRC,
             A_GJC,
             sums_GJ,
             bias_GJ,
@@ -218,6 +259,7 @@ def _absorb(
             channels,
             width,
             biased,
+            weighed,
             block_r,
             config.block(width, config.TRITON_ABSORB_COLUMNS[item]),
             config.block(channels, config.TRITON_LATENT_DEPTH[item]),
@@ -259,20 +301,24 @@ def values(
     return C_GJD
 
 
-def context_heads(
+def heads_of(
     context_HRC: torch.Tensor,
-    v_weight_IC: torch.Tensor,
-    v_bias_I: torch.Tensor,
-    num_heads: int,
+    weight_IC: torch.Tensor,
+    bias_I: torch.Tensor | None = None,
+    factor_HR: torch.Tensor | None = None,
     readable_R: torch.Tensor | None = None,
+    rest_RI: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """heads_RI: of each head context v_weight_h^T + v_bias_h; zeros where `readable_R` is false."""
-    (_, rows, width), inner = context_HRC.shape, len(v_bias_I)
+    """heads_RI: of each head context weight_h^T + bias_h (times its factor); 0 if not readable.
+
+    What that is rounded by goes to `rest_RI`.
+    """
+    (num_heads, rows, width), inner = context_HRC.shape, len(weight_IC)
     channels = inner // num_heads
     heads_RI = context_HRC.new_empty(rows, inner)
     _launch(
         context_HRC.contiguous(),
-        v_weight_IC.contiguous(),
+        weight_IC.contiguous(),
         heads_RI,
         rows=rows,
         heads=num_heads,
@@ -282,8 +328,10 @@ def context_heads(
         x_strides=(rows * width, width),
         weight_strides=(channels * width, width),
         y_strides=(channels, inner, 0),
-        bias=v_bias_I.contiguous(),
+        bias=None if bias_I is None else bias_I.contiguous(),
+        factor=None if factor_HR is None else factor_HR.contiguous(),
         readable=None if readable_R is None else readable_R.contiguous(),
+        rest=rest_RI,
     )
     return heads_RI
 
@@ -330,8 +378,10 @@ def _launch(
     weight_strides: tuple[int, int],
     y_strides: tuple[int, int, int],
     bias: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
     readable: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    rest: torch.Tensor | None = None,
     in_order: bool = False,
     most_columns: dict[int, int] = config.TRITON_LATENT_COLUMNS,
 ) -> None:
@@ -344,9 +394,11 @@ def _launch(
             x,
             weight,
             x if bias is None else bias,
+            x if factor is None else factor,
             x if readable is None else readable,
             x if residual is None else residual,
             y,
+            y if rest is None else rest,
             rows,
             *x_strides,
             *weight_strides,
@@ -355,8 +407,10 @@ def _launch(
             columns,
             depth,
             bias is not None,
+            factor is not None,
             readable is not None,
             residual is not None,
+            rest is not None,
             in_order,
             block_r,
             block_o,

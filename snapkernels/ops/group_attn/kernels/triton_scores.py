@@ -29,12 +29,25 @@ from snapkernels.ops.group_attn import config
 STATS_STAGES = tl.constexpr(config.TRITON_STATS_STAGES)
 
 
+class Scores(NamedTuple):
+    """P of the write, and the moments of the tokens.
+
+    Attributes:
+        P: (G, N, J) in the tokens' dtype.
+        mean, rstd: (G, N), float32.
+    """
+
+    P: torch.Tensor
+    mean: torch.Tensor
+    rstd: torch.Tensor
+
+
 class ReadScores(NamedTuple):
     """What the read's second pass needs, float32 but for P.
 
     Attributes:
         P: (G, N, J) in the tokens' dtype.
-        mean: (G, N).
+        mean, rstd: (G, N), of the tokens.
         most: (G, blocks, J), of every block of `block` tokens and column the largest score.
         total: likewise the sum of exp2(score - most).
         moment: likewise the sum of P, as it is rounded, times the tokens' means.
@@ -42,6 +55,7 @@ class ReadScores(NamedTuple):
 
     P: torch.Tensor
     mean: torch.Tensor
+    rstd: torch.Tensor
     most: torch.Tensor
     total: torch.Tensor
     moment: torch.Tensor
@@ -82,6 +96,13 @@ def load_tokens(p_x, m_M, c, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: 
     c_C = c + tl.arange(0, BLOCK_C)
     p_MC = p_x + tl.arange(0, BLOCK_M)[:, None] * DIM + c_C[None, :]
     return tl.load(p_MC, mask=m_M[:, None] & (c_C < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_moments(p_mean, p_rstd, mean_M, rstd_M, m_M, BLOCK_M: tl.constexpr):
+    """Mean and 1 / standard deviation of the tokens of `m_M`."""
+    tl.store(p_mean + tl.arange(0, BLOCK_M), mean_M, mask=m_M)
+    tl.store(p_rstd + tl.arange(0, BLOCK_M), rstd_M, mask=m_M)
 
 
 @triton.jit
@@ -165,6 +186,8 @@ def write_scores_kernel(
     p_sums,
     p_bias,
     p_P,
+    p_mean,
+    p_rstd,
     tokens,
     EPS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -185,6 +208,7 @@ def write_scores_kernel(
     p_x += n * DIM
     m_M = tl.arange(0, BLOCK_M) < tokens - tile * BLOCK_M
     mean_M, rstd_M = statistics(p_x, m_M, DIM, EPS, BLOCK_M, BLOCK_STATS)
+    store_moments(p_mean + n, p_rstd + n, mean_M, rstd_M, m_M & (h == 0), BLOCK_M)
     first_MF, rest_MR = products(
         p_x, p_A + g * J * DIM, m_M, mean_M, h, HEADS, LATENTS, DIM, CENTRE_FIRST, BLOCK_M,
         BLOCK_H, FIRST, REST, BLOCK_C,
@@ -241,6 +265,7 @@ def read_scores_kernel(
     p_mask,
     p_P,
     p_mean,
+    p_rstd,
     p_most,
     p_total,
     p_moment,
@@ -265,7 +290,7 @@ def read_scores_kernel(
     p_x += n * DIM
     m_M = tl.arange(0, BLOCK_M) < tokens - tile * BLOCK_M
     mean_M, rstd_M = statistics(p_x, m_M, DIM, EPS, BLOCK_M, BLOCK_STATS)
-    tl.store(p_mean + n + tl.arange(0, BLOCK_M), mean_M, mask=m_M & (h == 0))
+    store_moments(p_mean + n, p_rstd + n, mean_M, rstd_M, m_M & (h == 0), BLOCK_M)
     first_MF, rest_MR = products(
         p_x, p_A + g * J * DIM, m_M, mean_M, h, HEADS, LATENTS, DIM, CENTRE_FIRST, BLOCK_M,
         BLOCK_H, FIRST, REST, BLOCK_C,
@@ -335,7 +360,7 @@ def read_scores(
     blocks = config.score_blocks(x_GNC.element_size(), num_heads, columns // num_heads)
     tiles = triton.cdiv(tokens, blocks.tokens)
     P_GNJ = x_GNC.new_empty(groups, tokens, columns)
-    mean_GN = sums_GJ.new_empty(groups, tokens)
+    mean_GN, rstd_GN = (sums_GJ.new_empty(groups, tokens) for _ in range(2))
     most, total, moment = (sums_GJ.new_empty(groups, tiles, columns) for _ in range(3))
     with torch.cuda.device_of(x_GNC):  # Triton launches on the current device
         read_scores_kernel[(groups * tiles * triton.cdiv(num_heads, blocks.heads),)](
@@ -345,6 +370,7 @@ def read_scores(
             x_GNC if mask_GN is None else mask_GN,
             P_GNJ,
             mean_GN,
+            rstd_GN,
             most,
             total,
             moment,
@@ -356,11 +382,11 @@ def read_scores(
             x_GNC.dtype == torch.float32,
             mask_GN is not None,
             *blocks,
-            *_channels(x_GNC),
+            *channels_at_once(x_GNC),
             num_warps=config.TRITON_SCORES_WARPS,
             num_stages=config.TRITON_SCORES_STAGES,
         )
-    return ReadScores(P_GNJ, mean_GN, most, total, moment, blocks.tokens)
+    return ReadScores(P_GNJ, mean_GN, rstd_GN, most, total, moment, blocks.tokens)
 
 
 def write_scores(
@@ -370,12 +396,13 @@ def write_scores(
     bias_GJ: torch.Tensor,
     num_heads: int,
     eps: float,
-) -> torch.Tensor:
-    """P_GNJ of the write, in the dtype of the tokens x."""
+) -> Scores:
+    """P of the write."""
     (groups, tokens, width), columns = x_GNC.shape, A_GJC.shape[1]
     blocks = config.score_blocks(x_GNC.element_size(), num_heads, columns // num_heads)
     tiles = triton.cdiv(tokens, blocks.tokens)
     P_GNJ = x_GNC.new_empty(groups, tokens, columns)
+    mean_GN, rstd_GN = (sums_GJ.new_empty(groups, tokens) for _ in range(2))
     with torch.cuda.device_of(x_GNC):  # Triton launches on the current device
         write_scores_kernel[(groups * tiles * triton.cdiv(num_heads, blocks.heads),)](
             x_GNC,
@@ -383,6 +410,8 @@ def write_scores(
             sums_GJ,
             bias_GJ,
             P_GNJ,
+            mean_GN,
+            rstd_GN,
             tokens,
             eps,
             num_heads,
@@ -390,14 +419,14 @@ def write_scores(
             width,
             x_GNC.dtype == torch.float32,
             *blocks,
-            *_channels(x_GNC),
+            *channels_at_once(x_GNC),
             num_warps=config.TRITON_SCORES_WARPS,
             num_stages=config.TRITON_SCORES_STAGES,
         )
-    return P_GNJ
+    return Scores(P_GNJ, mean_GN, rstd_GN)
 
 
-def _channels(x_GNC: torch.Tensor) -> tuple[int, int]:
+def channels_at_once(x_GNC: torch.Tensor) -> tuple[int, int]:
     """Channels at once: of the product, and of mean and variance."""
     width, item = x_GNC.shape[2], x_GNC.element_size()
     return (

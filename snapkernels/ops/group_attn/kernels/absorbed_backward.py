@@ -1,0 +1,186 @@
+"""The backward of group_read and group_write absorbed; what meets the patches is Triton's.
+
+P, A and what else the forward did not keep is made again. Then, as in the forward, the latents'
+side goes first: W is the gradient at the read's average, or the write's values. One pass over the
+patches makes the gradient of the scores, others its sums over the tokens and the gradient of the
+patches, and the latents' side makes those of the latents and the weights.
+
+Nothing is added by atomics: two runs agree in every bit.
+
+Legend: as in triton_latents.py.
+"""
+
+import torch
+from torch.nn.functional import linear
+
+from snapkernels.ops.group_attn.kernels import latents_grads, triton_latents
+from snapkernels.ops.group_attn.kernels.absorbed import absorbed_keys, read_mask, score_scale
+from snapkernels.ops.group_attn.kernels.triton_patch_grads import (
+    read_patch_grads,
+    write_patch_grads,
+)
+from snapkernels.ops.group_attn.kernels.triton_score_grads import (
+    read_score_grads,
+    write_score_grads,
+)
+from snapkernels.ops.group_attn.kernels.triton_scores import read_scores, write_scores
+from snapkernels.ops.group_attn.kernels.triton_token_sums import scores_sums, values_sums
+from snapkernels.ops.group_attn.weights import CrossAttentionWeights
+
+Grads = tuple[torch.Tensor | None, ...]
+
+
+def group_read_backward(
+    needs: tuple[bool, ...],
+    grad: torch.Tensor,
+    average: torch.Tensor,
+    heads: torch.Tensor,
+    rest: torch.Tensor,
+    latents: torch.Tensor,
+    patches: torch.Tensor,
+    w: CrossAttentionWeights,
+    mask_BGN: torch.Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> Grads:
+    """The gradients of latents, patches and weights, None where not needed."""
+    if not grad.numel() or not any(needs):
+        return _zeros(needs, (latents, patches, *w))
+    z_RD, x_GNC = latents.flatten(0, 2).contiguous(), patches.flatten(0, 1).contiguous()
+    dy_RD, heads_RI, rest_RI = (one.flatten(0, 2) for one in (grad.contiguous(), heads, rest))
+    average_HRC, groups = average.flatten(1, 3), len(x_GNC)
+    mask_GN, readable_R = read_mask(mask_BGN, latents.shape[2])
+    normed = latents_grads.normed(z_RD, w.q_norm_weight, w.q_norm_bias, eps)
+    q_RI = linear(normed.rows, w.q_weight, w.q_bias)
+    scale = score_scale(q_RI, num_heads)
+    A_GJC, A_sums_GJ = triton_latents.absorbed(
+        q_RI, w.k_weight, w.kv_norm_weight, num_heads, groups, scale
+    )
+
+    d_o_weight = torch.addmm(dy_RD.T @ rest_RI, dy_RD.T, heads_RI)
+    d_heads_RI = dy_RD @ w.o_weight
+    if readable_R is not None:
+        d_heads_RI *= readable_R[:, None]
+    W_GJC, W_sums_GJ, delta_GJ = triton_latents.absorbed_weighed(
+        d_heads_RI, w.v_weight, w.kv_norm_weight, average_HRC, num_heads, groups
+    )
+
+    scores = read_scores(x_GNC, A_GJC, A_sums_GJ, mask_GN, num_heads, eps)
+    grads = read_score_grads(x_GNC, W_GJC, W_sums_GJ, A_sums_GJ, delta_GJ, scores, num_heads)
+    gain_C, shift_C = w.kv_norm_weight.float(), w.kv_norm_bias.float()
+    dA_HRC, da_HRC = scores_sums(
+        x_GNC, grads, scores.mean, gain_C * scale, num_heads, average_HRC=average_HRC
+    )
+    dx = None
+    if needs[1]:
+        of_patches = read_patch_grads(
+            x_GNC, scores.mean, scores.rstd, grads, A_GJC, scores.P, W_GJC
+        )
+        dx = of_patches.view(patches.shape)
+
+    # A = gain a scale, a = q_h W_k,h; the heads are (average gain + shift) W_v,h^T + b_v.
+    of_keys_IC = latents_grads.matrix_grads(q_RI, dA_HRC) * scale
+    of_values_IC = latents_grads.matrix_grads(d_heads_RI, average_HRC)
+    d_v_bias_I = latents_grads.sums(d_heads_RI)
+    d_gain_C = (of_keys_IC * w.k_weight + of_values_IC * w.v_weight).sum(0)
+    d_q_RI = triton_latents.heads_of(da_HRC, w.k_weight)
+    d_q_weight, d_q_bias = latents_grads.projection_grads(d_q_RI, normed.rows)
+    dz_RD, d_q_norm_weight, d_q_norm_bias = latents_grads.normed_grads(
+        d_q_RI @ w.q_weight, z_RD, normed, w.q_norm_weight, w.q_norm_bias
+    )
+    d_weights = CrossAttentionWeights(
+        q_norm_weight=d_q_norm_weight,
+        q_norm_bias=d_q_norm_bias,
+        kv_norm_weight=d_gain_C,
+        kv_norm_bias=d_v_bias_I @ w.v_weight.float(),
+        q_weight=d_q_weight,
+        q_bias=d_q_bias,
+        k_weight=latents_grads.matrix_grads(q_RI, da_HRC),
+        k_bias=torch.zeros_like(w.k_bias),  # a number added to all scores of a latent
+        v_weight=torch.addcmul(d_v_bias_I[:, None] * shift_C, of_values_IC, gain_C),
+        v_bias=d_v_bias_I,
+        o_weight=d_o_weight,
+        o_bias=latents_grads.sums(dy_RD),
+    )
+    return _needed(needs, latents.dtype, ((dz_RD + dy_RD).view(latents.shape), dx, *d_weights))
+
+
+def group_write_backward(
+    needs: tuple[bool, ...],
+    grad: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    patches: torch.Tensor,
+    latents: torch.Tensor,
+    w: CrossAttentionWeights,
+    num_heads: int,
+    eps: float,
+) -> Grads:
+    """The gradients of patches, latents and weights, None where not needed."""
+    if not grad.numel() or not any(needs):
+        return _zeros(needs, (patches, latents, *w))
+    z_RC, x_GND = latents.flatten(0, 2).contiguous(), patches.flatten(0, 1).contiguous()
+    dy_GND, groups = grad.flatten(0, 1).contiguous(), len(x_GND)
+    k_RI, v_RI = keys.flatten(0, 2), values.flatten(0, 2)
+    normed = latents_grads.normed(z_RC, w.kv_norm_weight, w.kv_norm_bias, eps)
+    A_GJD, A_sums_GJ, bias_GJ = absorbed_keys(k_RI, w, num_heads, groups)
+    W_GJD = triton_latents.values(v_RI, w.o_weight, num_heads, groups)
+
+    scores = write_scores(x_GND, A_GJD, A_sums_GJ, bias_GJ, num_heads, eps)
+    grads = write_score_grads(dy_GND, W_GJD, A_sums_GJ, bias_GJ, scores, num_heads)
+    scale = score_scale(k_RI, num_heads)
+    d_bias_GHL = grads.total.sum(1).unflatten(1, (num_heads, -1)) * scale
+    d_bias_HR = d_bias_GHL.transpose(0, 1).flatten(1)
+    dA_HRD, da_HRD = scores_sums(
+        x_GND, grads, scores.mean, w.q_norm_weight.float() * scale, num_heads,
+        shift_C=w.q_norm_bias, factor_HR=d_bias_HR,
+    )  # fmt: skip
+    dW_HRD = values_sums(dy_GND, scores.P, num_heads, grads.block)
+    dx_GND, dy_sums_D = write_patch_grads(x_GND, scores.mean, scores.rstd, grads, A_GJD, dy_GND)
+
+    # W = v_h W_o,h^T.
+    o_weight_HDE = w.o_weight.unflatten(1, (num_heads, -1)).transpose(0, 1)
+    d_v_RI = torch.bmm(dW_HRD, o_weight_HDE).transpose(0, 1).flatten(1)
+    d_o_weight = latents_grads.matrix_grads(v_RI, dW_HRD).T
+    # A = gain a scale, a = k_h W_q,h, and the scores' bias is (shift . a + k_h . b_q) scale.
+    of_bias_I = (latents_grads.by_head(k_RI, num_heads) * d_bias_HR[:, :, None]).sum(1).flatten()
+    d_k_RI = triton_latents.heads_of(da_HRD, w.q_weight, w.q_bias, d_bias_HR)
+    of_queries_ID = latents_grads.matrix_grads(k_RI, dA_HRD) * scale
+
+    d_k_weight, _ = latents_grads.projection_grads(d_k_RI, normed.rows)
+    d_v_weight, d_v_bias = latents_grads.projection_grads(d_v_RI, normed.rows)
+    d_normed_RC = torch.addmm(d_k_RI @ w.k_weight, d_v_RI, w.v_weight)
+    dz_RC, d_kv_norm_weight, d_kv_norm_bias = latents_grads.normed_grads(
+        d_normed_RC, z_RC, normed, w.kv_norm_weight, w.kv_norm_bias
+    )
+    d_weights = CrossAttentionWeights(
+        q_norm_weight=(of_queries_ID * w.q_weight).sum(0),
+        q_norm_bias=of_bias_I @ w.q_weight.float(),
+        kv_norm_weight=d_kv_norm_weight,
+        kv_norm_bias=d_kv_norm_bias,
+        q_weight=latents_grads.matrix_grads(k_RI, da_HRD),
+        q_bias=of_bias_I,
+        k_weight=d_k_weight,
+        k_bias=torch.zeros_like(w.k_bias),  # a number added to all scores of a head of a patch
+        v_weight=d_v_weight,
+        v_bias=d_v_bias,
+        o_weight=d_o_weight,
+        o_bias=dy_sums_D,
+    )
+    dx, dz = dx_GND.view(patches.shape), dz_RC.view(latents.shape)
+    return _needed(needs, patches.dtype, (dx, dz, *d_weights))
+
+
+def _needed(needs: tuple[bool, ...], dtype: torch.dtype, grads: Grads) -> Grads:
+    """`grads` in `dtype`, contiguous, None where not needed."""
+    return tuple(
+        grad.to(dtype).contiguous() if need and grad is not None else None
+        for need, grad in zip(needs, grads, strict=True)
+    )
+
+
+def _zeros(needs: tuple[bool, ...], inputs: tuple[torch.Tensor, ...]) -> Grads:
+    return tuple(
+        torch.zeros_like(one, memory_format=torch.contiguous_format) if need else None
+        for need, one in zip(needs, inputs, strict=True)
+    )
