@@ -193,8 +193,20 @@ def test_the_latents_products(dtype, rng):
     )
     exact = (exact.flatten(1) + q_bias.double()) * readable[:, None]
     for one in (readable, readable.to(torch.uint8)):
-        made = triton_latents.context_heads(context, weight, q_bias, HEADS, one)
+        rest = torch.empty_like(heads)
+        made = triton_latents.heads_of(context, weight, q_bias, readable_R=one, rest_RI=rest)
         assert relative_rms(made, exact) < rounding and not made[~readable].any()
+        assert relative_rms(made.double() + rest.double(), exact) < max(rounding**2, 1e-6)
+    factor = torch.randn(HEADS, groups * latents, generator=rng)
+    made = triton_latents.heads_of(context, weight, q_bias, factor_HR=factor)
+    exact = torch.einsum(
+        "hrc,hec->rhe", context.double(), weight.double().unflatten(0, (HEADS, -1))
+    ) + torch.einsum("hr,he->rhe", factor.double(), q_bias_by_head)
+    assert relative_rms(made, exact.flatten(1)) < rounding
+    W, W_sums, delta = triton_latents.absorbed_weighed(heads, weight, gain, context, HEADS, groups)
+    assert torch.allclose(W_sums.double(), W.double().sum(-1), atol=1e-5)
+    by_row = context.unflatten(1, (groups, latents)).transpose(0, 1).flatten(1, 2)
+    assert relative_rms(delta, (W.double() * by_row.double()).sum(-1)) < 1e-6
 
     residual = drawn(groups * latents, 40)
     exact = linear(heads.double(), o_weight.double(), o_bias.double()) + residual.double()
