@@ -7,7 +7,6 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from snapkernels import env
 from snapkernels.dispatch import backward_of, choose, implementation, require_backward, saving
 from snapkernels.spec import PLAIN, Backend, Fields, Spec
 
@@ -284,10 +283,12 @@ def _with_gradients(spec: Spec, flat: list[Any]) -> list[Any]:
 
 
 def _keeps(spec: Spec, call: Call, backend: str | None) -> bool:
-    """Whether a call keeps what a backward needs: the one named, or of none the spec knows."""
-    name = backend if backend is not None else env.BACKENDS.get(spec.name)
-    if name is not None:
-        return spec.backend(name).backward is not None
+    """Whether a call keeps what a backward needs: the one named, or of none the spec knows.
+
+    Not what the environment names: a compiled call may be kept for another process.
+    """
+    if backend is not None:
+        return spec.backend(backend).backward is not None
     return spec.keeps(spec.check(*call))
 
 

@@ -144,7 +144,7 @@ _BACKWARD_WRITE = (
         "0 * tl.sum(dS_MS, axis=0)",
     ),
     _backward_bug(
-        "standard deviation left out", "triton_score_grads", "(dS_MS * rstd_M[:, None])", "dS_MS"
+        "standard deviation left out", "triton_score_grads", "dS_MS *= rstd_M[:, None]", "pass"
     ),
     _backward_bug(
         "gradient of the output not added", "triton_patch_grads", "sum_MD += dy_MD", "pass"

@@ -25,14 +25,15 @@ TRITON_STATS_STAGES = 4  # of their loads, which nothing else hides
 TRITON_SCORES_WARPS = 8
 TRITON_SCORES_STAGES = 3  # 40 KB each
 
-# The read's context: rows of A by channels, tokens streamed as the scores' programs had them.
+# Sums over tokens, the read's context among them: rows of A by channels, tokens streamed as the
+# scores' programs had them.
 TRITON_CONTEXT_ROWS = {2: 128, 4: 32}
 TRITON_CONTEXT_CHANNELS = {2: 128, 4: 32}
 TRITON_CONTEXT_WARPS = 8
 TRITON_CONTEXT_STAGES = 3  # 64 KB each; with 2 a step's loads begin when the one before has ended
 TRITON_CONTEXT_BLOCKS = 16  # blocks of tokens whose maxima are read at once
 
-# The write's update: tokens by channels, columns of P streamed.
+# The write's update, and the patches' gradients: tokens by channels, columns of P streamed.
 TRITON_UPDATE_TOKENS = {2: 128, 4: 32}
 TRITON_UPDATE_CHANNELS = {2: 128, 4: 32}
 TRITON_UPDATE_COLUMNS = {2: 64, 4: 32}  # of P at once
@@ -113,6 +114,8 @@ def triton_refuses_write(
     patches: torch.Tensor, latents: torch.Tensor, w: tuple[torch.Tensor, ...], *_: object
 ) -> str | None:
     """Why the Triton kernels cannot write `latents` into `patches`, or None."""
+    if not latents.shape[2]:
+        return "a group has no latents"
     return _triton_refuses(patches, latents)
 
 

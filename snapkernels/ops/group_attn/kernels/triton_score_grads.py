@@ -10,10 +10,11 @@ Scores are exponents of 2, so with dS comes log 2. Rounded, and with 1 / standar
 token in it as the read's P has, dS multiplies tokens as they are in `token_sums` and A in
 `patch_grads`, which needs for LayerNorm's backward of each token, over all columns, two sums more:
 
-    ones = sum P (sum of W's row) + sum dS (sum of A's row), the sum over channels of dx
-    norms = sum P dP + sum dS S, likewise of dx times the normalised token
+    ones = sum P (sum of W's row) + sum dS (sum of A's row), the sum over channels of u
+    norms = sum P dP + sum dS S, likewise of u times the normalised token
 
-where the write has neither P nor, since its dS add up to 0 over a head, a total in S = log2 P.
+with u = P W + dS A, and S the scores without their bias. The write's u has no term with P, and its
+S is log2 P less the bias: what a head's total adds is the same for all of a dS that adds up to 0.
 
 Legend: as in triton_scores.py; K parts of the heads, a program's each.
 """
@@ -279,16 +280,17 @@ def of_write(
     dP_MHL = tl.reshape(dP_MS, (BLOCK_M, BLOCK_H, PIECE)) - delta_MH[:, :, None]
     dS_MS = P_MS * tl.reshape(dP_MHL, (BLOCK_M, BLOCK_H * PIECE)) * LN_2
     tl.store(p_total + j_S, tl.sum(dS_MS, axis=0), mask=m_S)
-    dS_MS = (dS_MS * rstd_M[:, None]).to(p_dS.dtype.element_ty)
+    dS_MS *= rstd_M[:, None]
+    bias_S = tl.load(p_bias + j_S, mask=m_S, other=0.0)
+    score_MS = tl.log2(tl.where(P_MS > 0, P_MS, 1.0)) - bias_S[None, :]
+    norms_M = tl.sum(dS_MS * score_MS, axis=1)  # as it is rounded dS would not add up to 0
+    dS_MS = dS_MS.to(p_dS.dtype.element_ty)
     p_MS = p_dS + tl.arange(0, BLOCK_M)[:, None] * J + j_S[None, :]
     tl.store(p_MS, dS_MS, mask=m_M[:, None] & m_S[None, :])
     dS_MS = dS_MS.to(tl.float32)
     tl.store(p_moment + j_S, tl.sum(dS_MS * mean_M[:, None], axis=0), mask=m_S)
     A_sums_S = tl.load(p_A_sums + j_S, mask=m_S, other=0.0)
-    bias_S = tl.load(p_bias + j_S, mask=m_S, other=0.0)
-    score_MS = tl.log2(tl.where(P_MS > 0, P_MS, 1.0)) - bias_S[None, :]
-    ones_M = tl.sum(dS_MS * A_sums_S[None, :], axis=1)
-    return ones_M, tl.sum(dS_MS * score_MS, axis=1)
+    return tl.sum(dS_MS * A_sums_S[None, :], axis=1), norms_M
 
 
 def read_score_grads(
