@@ -16,7 +16,9 @@ TRITON_MOST_LATENTS = 128  # of a group: the columns of one head are a tile's at
 # L2, is read half as often as of 64; 192 columns beside them are 96 accumulators a thread.
 TRITON_TOKENS = {2: 128, 4: 32}  # of a program
 TRITON_COLUMNS = {2: 192, 4: 64}  # of scores, of a program: whole heads, so at least one
-TRITON_GRAD_COLUMNS = {2: 96, 4: 32}  # where P and its gradient are in registers, of 192 some spill
+# Where P and its gradient are in registers beside them, of twice as many some spill.
+TRITON_READ_GRAD_COLUMNS = {2: 48, 4: 16}
+TRITON_WRITE_GRAD_COLUMNS = {2: 96, 4: 32}
 TRITON_LEAST_COLUMNS = 16  # of a product
 TRITON_LEAST_REST = 8  # latents of a head's second piece: fewer are no 16-byte store
 TRITON_SCORES_CHANNELS = {2: 64, 4: 32}  # of C at once
@@ -31,7 +33,7 @@ TRITON_CONTEXT_ROWS = {2: 128, 4: 32}
 TRITON_CONTEXT_CHANNELS = {2: 128, 4: 32}
 TRITON_CONTEXT_WARPS = 8
 TRITON_CONTEXT_STAGES = 3  # 64 KB each; with 2 a step's loads begin when the one before has ended
-TRITON_CONTEXT_BLOCKS = 16  # blocks of tokens whose maxima are read at once
+TRITON_CONTEXT_BLOCKS = 8  # blocks of tokens whose maxima are read at once
 
 # The write's update, and the patches' gradients: tokens by channels, columns of P streamed.
 TRITON_UPDATE_TOKENS = {2: 128, 4: 32}
