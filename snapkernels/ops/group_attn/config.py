@@ -16,9 +16,7 @@ TRITON_MOST_LATENTS = 128  # of a group: the columns of one head are a tile's at
 # L2, is read half as often as of 64; 192 columns beside them are 96 accumulators a thread.
 TRITON_TOKENS = {2: 128, 4: 32}  # of a program
 TRITON_COLUMNS = {2: 192, 4: 64}  # of scores, of a program: whole heads, so at least one
-# Where P and its gradient are in registers beside them, of twice as many some spill.
-TRITON_READ_GRAD_COLUMNS = {2: 48, 4: 16}
-TRITON_WRITE_GRAD_COLUMNS = {2: 96, 4: 32}
+TRITON_GRAD_COLUMNS = {2: 48, 4: 16}  # where P and its gradient are in registers: of 96 some spill
 TRITON_LEAST_COLUMNS = 16  # of a product
 TRITON_LEAST_REST = 8  # latents of a head's second piece: fewer are no 16-byte store
 TRITON_SCORES_CHANNELS = {2: 64, 4: 32}  # of C at once

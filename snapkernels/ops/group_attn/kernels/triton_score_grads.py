@@ -305,7 +305,7 @@ def read_score_grads(
 ) -> ScoreGrads:
     """From W, the gradient at the average; P of `scores` becomes that of all blocks."""
     (groups, tokens, width), columns_ = x_GNC.shape, W_GJC.shape[1]
-    blocks = _blocks(x_GNC, columns_, num_heads, config.TRITON_READ_GRAD_COLUMNS)
+    blocks = _blocks(x_GNC, columns_, num_heads)
     tiles, parts = scores.most.shape[1], triton.cdiv(num_heads, blocks.heads)
     most_G1J = scores.most.amax(1, keepdim=True)
     # -inf - -inf would be NaN: where nothing can be read P is 0, whatever its share.
@@ -355,7 +355,7 @@ def write_score_grads(
 ) -> ScoreGrads:
     """From W, the values in the patches' width, and the gradient of the output."""
     (groups, tokens, width), columns_ = dy_GND.shape, W_GJD.shape[1]
-    blocks = _blocks(dy_GND, columns_, num_heads, config.TRITON_WRITE_GRAD_COLUMNS)
+    blocks = _blocks(dy_GND, columns_, num_heads)
     tiles, parts = triton.cdiv(tokens, blocks.tokens), triton.cdiv(num_heads, blocks.heads)
     grads = _empty(dy_GND, A_sums_GJ, scores.P, parts, tiles, blocks.tokens)
     with torch.cuda.device_of(dy_GND):  # Triton launches on the current device
@@ -384,10 +384,10 @@ def write_score_grads(
     return grads
 
 
-def _blocks(
-    tokens_GNC: torch.Tensor, columns_: int, num_heads: int, most: dict[int, int]
-) -> config.ScoreBlocks:
-    return config.score_blocks(tokens_GNC.element_size(), num_heads, columns_ // num_heads, most)
+def _blocks(tokens_GNC: torch.Tensor, columns_: int, num_heads: int) -> config.ScoreBlocks:
+    return config.score_blocks(
+        tokens_GNC.element_size(), num_heads, columns_ // num_heads, config.TRITON_GRAD_COLUMNS
+    )
 
 
 def _empty(
