@@ -1,4 +1,4 @@
-// Two bfloat16 in a word, the first in its low half; and 2^x and 1 / x in one instruction.
+// Two bfloat16 in a word, the first in its low half; and 2^x, log2 x and 1 / x in one instruction.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,13 @@ __device__ inline float exp2_fast(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+
+// log2 x of a normal x, to 2^-22 or so; of 0 a large negative number, so that 0 times it is 0.
+__device__ inline float log2_fast(float x) {
+  float logarithm;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(logarithm) : "f"(fmaxf(x, 1.1754944e-38f)));
+  return logarithm;
 }
 
 // 1 / x, to one unit.

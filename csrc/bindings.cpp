@@ -1,18 +1,8 @@
-// The one file that knows torch: checks, the current stream, and the schemas of snapkernels_cuda.
-//
-// Only libtorch's stable ABI is used, so that a build serves every torch from 2.11 on, CPU builds
-// included (there the schemas load and a call fails).
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
+// snapkernels_cuda: checks and schemas of all ops but those over groups (group_bindings.cpp).
 #include <optional>
 #include <vector>
 
-#include "group_attn/group_attn.h"
+#include "bindings.h"
 #include "head/head.h"
 #include "head/head_backward.h"
 #include "noise/forward_process.h"
@@ -20,22 +10,9 @@
 #include "stem/stem.h"
 #include "stem/stem_backward.h"
 
-// Weak: a CPU build of torch has no such function.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-
 namespace {
 
-using torch::stable::Tensor;
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
-}
+using namespace snapkernels::bindings;
 
 snapkernels::PatchGeometry geometry(const char* op, const Tensor& video, const Tensor& tokens,
                                     int64_t patch, const std::vector<int64_t>& group) {
@@ -93,17 +70,6 @@ void unpatchify(Tensor tokens, Tensor video, int64_t patch, std::vector<int64_t>
                                                      current_stream(video)));
 }
 
-// The data of `tensor`, contiguous, of this dtype and size, and on the device of `tokens`.
-template <typename T>
-T* head_data(const char* op, const char* name, const Tensor& tensor,
-             torch::headeronly::ScalarType dtype, int64_t numel, const Tensor& tokens) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == numel &&
-                      tensor.is_contiguous() &&
-                      tensor.get_device_index() == tokens.get_device_index(),
-                  op, ": ", name, " has another dtype, size, layout or device");
-  return static_cast<T*>(tensor.data_ptr());
-}
-
 // What the ends have in common, checked: `video` is any video of theirs, read or written.
 snapkernels::HeadArguments head_arguments(const char* op, const Tensor& tokens,
                                           const Tensor& norm_weight, const Tensor& norm_bias,
@@ -132,11 +98,11 @@ snapkernels::HeadArguments head_arguments(const char* op, const Tensor& tokens,
         static_cast<int>(group[1]),      static_cast<int>(group[2]),
         static_cast<int>(width)};
   snapkernels::HeadArguments given{};
-  given.tokens = head_data<void>(op, "tokens", tokens, kBfloat16, count * width, tokens);
-  given.norm_weight = head_data<void>(op, "norm_weight", norm_weight, kBfloat16, width, tokens);
-  given.norm_bias = head_data<void>(op, "norm_bias", norm_bias, kBfloat16, width, tokens);
-  given.weight = head_data<void>(op, "weight", weight, kBfloat16, features * width, tokens);
-  given.bias = head_data<void>(op, "bias", bias, kBfloat16, features, tokens);
+  given.tokens = data_of<void>(op, "tokens", tokens, kBfloat16, count * width, tokens);
+  given.norm_weight = data_of<void>(op, "norm_weight", norm_weight, kBfloat16, width, tokens);
+  given.norm_bias = data_of<void>(op, "norm_bias", norm_bias, kBfloat16, width, tokens);
+  given.weight = data_of<void>(op, "weight", weight, kBfloat16, features * width, tokens);
+  given.bias = data_of<void>(op, "bias", bias, kBfloat16, features, tokens);
   given.eps = eps;
   return given;
 }
@@ -152,8 +118,8 @@ void head_saves(const char* op, const std::optional<Tensor>& features,
   if (!features) return;
   const int64_t count = tokens.numel() / tokens.size(3);
   given.features =
-      head_data<void>(op, "features", *features, kBfloat16, count * bias.numel(), tokens);
-  given.rows = head_data<float>(op, "rows", *rows, kFloat, count * each, tokens);
+      data_of<void>(op, "features", *features, kBfloat16, count * bias.numel(), tokens);
+  given.rows = data_of<float>(op, "rows", *rows, kFloat, count * each, tokens);
 }
 
 void head(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias,
@@ -163,7 +129,7 @@ void head(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor weight, Te
   auto given = head_arguments("head", tokens, norm_weight, norm_bias, weight, bias, out, group,
                               eps, at);
   head_saves("head", features, moments, 2, tokens, bias, given);
-  given.out = head_data<float>("head", "out", out, kFloat, out.numel(), tokens);
+  given.out = data_of<float>("head", "out", out, kFloat, out.numel(), tokens);
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch("head", snapkernels::head(given, at, current_stream(tokens)));
 }
@@ -178,10 +144,10 @@ void head_mix(Tensor tokens, Tensor video, std::optional<Tensor> other, Tensor m
       head_arguments(op, tokens, norm_weight, norm_bias, weight, bias, video, group, eps, at);
   head_saves(op, features, moments, 2, tokens, bias, given);
   const int64_t pixels = video.numel();
-  given.video = head_data<float>(op, "video", video, kFloat, pixels, tokens);
-  if (other) given.other = head_data<float>(op, "other", *other, kFloat, pixels, tokens);
-  given.factors = head_data<float>(op, "mix", mix, kFloat, 3 * video.size(0), tokens);
-  given.out = head_data<float>(op, "out", out, kFloat, pixels, tokens);
+  given.video = data_of<float>(op, "video", video, kFloat, pixels, tokens);
+  if (other) given.other = data_of<float>(op, "other", *other, kFloat, pixels, tokens);
+  given.factors = data_of<float>(op, "mix", mix, kFloat, 3 * video.size(0), tokens);
+  given.out = data_of<float>(op, "out", out, kFloat, pixels, tokens);
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(op, snapkernels::head_mix(given, at, current_stream(tokens)));
 }
@@ -196,12 +162,12 @@ void head_loss(Tensor tokens, Tensor video, Tensor sample, Tensor terms, Tensor 
   auto given =
       head_arguments(op, tokens, norm_weight, norm_bias, weight, bias, video, group, eps, at);
   head_saves(op, feature_grad, rows, 4, tokens, bias, given);
-  given.video = head_data<float>(op, "video", video, kFloat, video.numel(), tokens);
-  given.factors = head_data<float>(op, "terms", terms, kFloat, 3 * video.size(0), tokens);
-  given.sample = head_data<int64_t>(op, "sample", sample, kLong, video.size(0), tokens);
+  given.video = data_of<float>(op, "video", video, kFloat, video.numel(), tokens);
+  given.factors = data_of<float>(op, "terms", terms, kFloat, 3 * video.size(0), tokens);
+  given.sample = data_of<int64_t>(op, "sample", sample, kLong, video.size(0), tokens);
   given.partial =
-      head_data<float>(op, "partial", partial, kFloat, snapkernels::kHeadPartials, tokens);
-  given.out = head_data<float>(op, "out", out, kFloat, 1, tokens);
+      data_of<float>(op, "partial", partial, kFloat, snapkernels::kHeadPartials, tokens);
+  given.out = data_of<float>(op, "out", out, kFloat, 1, tokens);
   given.seed = seed;
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(op, snapkernels::head_loss(given, at, current_stream(tokens)));
@@ -221,13 +187,13 @@ void head_backward(Tensor tokens, Tensor feature_grad, Tensor rows, std::optiona
   const int64_t features = weight.size(0), width = weight.size(1), count = tokens.numel() / width;
   STD_TORCH_CHECK(count <= INT32_MAX - snapkernels::kHeadStageTokens, op, ": ", count, " tokens");
   const auto bfloat16s = [&](const char* name, const Tensor& tensor, int64_t numel) {
-    return head_data<void>(op, name, tensor, kBfloat16, numel, tokens);
+    return data_of<void>(op, name, tensor, kBfloat16, numel, tokens);
   };
   snapkernels::HeadBackwardArguments given{};
   given.tokens = bfloat16s("tokens", tokens, count * width);
   given.feature_grad = bfloat16s("feature_grad", feature_grad, count * features);
-  given.rows = head_data<float>(op, "rows", rows, kFloat, count * 4, tokens);
-  if (scale) given.scale = head_data<float>(op, "scale", *scale, kFloat, 1, tokens);
+  given.rows = data_of<float>(op, "rows", rows, kFloat, count * 4, tokens);
+  if (scale) given.scale = data_of<float>(op, "scale", *scale, kFloat, 1, tokens);
   given.norm_weight = bfloat16s("norm_weight", norm_weight, width);
   given.norm_bias = bfloat16s("norm_bias", norm_bias, width);
   given.weight = bfloat16s("weight", weight, features * width);
@@ -240,8 +206,8 @@ void head_backward(Tensor tokens, Tensor feature_grad, Tensor rows, std::optiona
     given.d_weight = bfloat16s("d_weight", *d_weight, features * width);
     given.d_bias = bfloat16s("d_bias", *d_bias, features);
     given.products =
-        head_data<float>(op, "products", *products, kFloat, ranges * width * features, tokens);
-    given.sums = head_data<float>(op, "sums", *sums, kFloat, ranges * features, tokens);
+        data_of<float>(op, "products", *products, kFloat, ranges * width * features, tokens);
+    given.sums = data_of<float>(op, "sums", *sums, kFloat, ranges * features, tokens);
   }
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(op, snapkernels::head_backward(given, count, width, features, ranges,
@@ -255,10 +221,10 @@ void forward_process(Tensor video, Tensor sigma, Tensor sample, Tensor x_sigma, 
   if (video.numel() == 0) return;
   const int64_t batch = video.size(0), elements = video.numel() / batch;
   STD_TORCH_CHECK(elements % 4 == 0 && batch <= 65535, op, ": size");
-  const auto* pixels = head_data<float>(op, "video", video, kFloat, video.numel(), video);
-  const auto* level = head_data<float>(op, "sigma", sigma, kFloat, batch, video);
-  const auto* number = head_data<int64_t>(op, "sample", sample, kLong, batch, video);
-  auto* noised = head_data<float>(op, "x_sigma", x_sigma, kFloat, video.numel(), video);
+  const auto* pixels = data_of<float>(op, "video", video, kFloat, video.numel(), video);
+  const auto* level = data_of<float>(op, "sigma", sigma, kFloat, batch, video);
+  const auto* number = data_of<int64_t>(op, "sample", sample, kLong, batch, video);
+  auto* noised = data_of<float>(op, "x_sigma", x_sigma, kFloat, video.numel(), video);
   const torch::stable::accelerator::DeviceGuard guard(video.get_device_index());
   check_launch(op, snapkernels::forward_process(pixels, level, number, noised, batch, elements / 4,
                                                 sigma_in, seed, current_stream(video)));
@@ -327,19 +293,19 @@ void stem(Tensor video, Tensor scale, std::optional<Tensor> low_res, Tensor weig
   const auto at = stem_geometry(op, video, low_res, weight, positions, tokens, group);
   const int64_t width = at.token_width, count = tokens.numel() / width;
   snapkernels::StemArguments given;
-  given.video = head_data<float>(op, "video", video, kFloat32, video.numel(), tokens);
-  given.scale = head_data<float>(op, "scale", scale, kFloat32, at.batch, tokens);
+  given.video = data_of<float>(op, "video", video, kFloat32, video.numel(), tokens);
+  given.scale = data_of<float>(op, "scale", scale, kFloat32, at.batch, tokens);
   given.low_res = nullptr;
   if (low_res)
-    given.low_res = head_data<float>(op, "low_res", *low_res, kFloat32, low_res->numel(), tokens);
-  given.weight = head_data<void>(op, "weight", weight, kBfloat16, weight.numel(), tokens);
-  given.bias = head_data<void>(op, "bias", bias, kBfloat16, width, tokens);
-  given.norm_weight = head_data<void>(op, "norm_weight", norm_weight, kBfloat16, width, tokens);
-  given.norm_bias = head_data<void>(op, "norm_bias", norm_bias, kBfloat16, width, tokens);
+    given.low_res = data_of<float>(op, "low_res", *low_res, kFloat32, low_res->numel(), tokens);
+  given.weight = data_of<void>(op, "weight", weight, kBfloat16, weight.numel(), tokens);
+  given.bias = data_of<void>(op, "bias", bias, kBfloat16, width, tokens);
+  given.norm_weight = data_of<void>(op, "norm_weight", norm_weight, kBfloat16, width, tokens);
+  given.norm_bias = data_of<void>(op, "norm_bias", norm_bias, kBfloat16, width, tokens);
   given.positions =
-      head_data<void>(op, "positions", positions, kBfloat16, positions.numel(), tokens);
-  given.tokens = head_data<void>(op, "tokens", tokens, kBfloat16, count * width, tokens);
-  given.rstd = head_data<float>(op, "rstd", rstd, kFloat32, count, tokens);
+      data_of<void>(op, "positions", positions, kBfloat16, positions.numel(), tokens);
+  given.tokens = data_of<void>(op, "tokens", tokens, kBfloat16, count * width, tokens);
+  given.rstd = data_of<float>(op, "rstd", rstd, kFloat32, count, tokens);
   given.eps = eps;
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(op, snapkernels::stem(given, at, current_stream(tokens)));
@@ -370,14 +336,14 @@ void stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale,
                       tiles == (longest * alike + kStage - 1) / kStage,
                   op, ": ranges, tiles");
   snapkernels::StemBackwardArguments given{};
-  given.grad = head_data<void>(op, "grad", grad, kBfloat16, grad.numel(), grad);
-  given.rstd = head_data<float>(op, "rstd", rstd, kFloat32, count, grad);
-  given.video = head_data<float>(op, "video", video, kFloat32, video.numel(), grad);
-  given.scale = head_data<float>(op, "scale", scale, kFloat32, at.batch, grad);
+  given.grad = data_of<void>(op, "grad", grad, kBfloat16, grad.numel(), grad);
+  given.rstd = data_of<float>(op, "rstd", rstd, kFloat32, count, grad);
+  given.video = data_of<float>(op, "video", video, kFloat32, video.numel(), grad);
+  given.scale = data_of<float>(op, "scale", scale, kFloat32, at.batch, grad);
   if (low_res)
-    given.low_res = head_data<float>(op, "low_res", *low_res, kFloat32, low_res->numel(), grad);
+    given.low_res = data_of<float>(op, "low_res", *low_res, kFloat32, low_res->numel(), grad);
   const auto bfloat16 = [&](const char* name, const Tensor& tensor, int64_t numel) {
-    return head_data<void>(op, name, tensor, kBfloat16, numel, grad);
+    return data_of<void>(op, name, tensor, kBfloat16, numel, grad);
   };
   given.weight = bfloat16("weight", weight, weight.numel());
   given.bias = bfloat16("bias", bias, width);
@@ -388,7 +354,7 @@ void stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale,
   given.d_norm_bias = bfloat16("d_norm_bias", d_norm_bias, width);
   given.d_positions = bfloat16("d_positions", d_positions, positions * width);
   const auto scratch = [&](const char* name, const Tensor& tensor, int64_t numel) {
-    return head_data<float>(op, name, tensor, kFloat32, numel, grad);
+    return data_of<float>(op, name, tensor, kFloat32, numel, grad);
   };
   const int64_t slices = width / snapkernels::kStemSlice, each = columns * columns;
   given.features = bfloat16("features", features, ranges * tiles * columns * kStage);
@@ -403,78 +369,6 @@ void stem_backward(Tensor grad, Tensor rstd, Tensor video, Tensor scale,
   given.tiles = tiles;
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   check_launch(op, snapkernels::stem_backward(given, at, current_stream(grad)));
-}
-
-// What both kernels over groups have in common, checked.
-snapkernels::GroupArguments group_arguments(const char* op, const Tensor& patches,
-                                            const Tensor& absorbed, const Tensor& absorbed_sum,
-                                            double eps) {
-  using torch::headeronly::ScalarType;
-  constexpr int64_t kColumns = snapkernels::kGroupColumns;
-  STD_TORCH_CHECK(patches.dim() == 3, op, ": ranks");
-  const int64_t groups = patches.size(0), tokens = patches.size(1), width = patches.size(2);
-  STD_TORCH_CHECK(width % snapkernels::kGroupWidths == 0 && tokens > 0 &&
-                      tokens < INT32_MAX - 256 && groups * kColumns < INT32_MAX,
-                  op, ": sizes");
-  snapkernels::GroupArguments of{};
-  of.patches = head_data<void>(op, "patches", patches, ScalarType::BFloat16,
-                               groups * tokens * width, patches);
-  of.absorbed = head_data<void>(op, "absorbed", absorbed, ScalarType::BFloat16,
-                                groups * kColumns * width, patches);
-  of.absorbed_sum = head_data<float>(op, "absorbed_sum", absorbed_sum, ScalarType::Float,
-                                     groups * kColumns, patches);
-  of.groups = static_cast<int>(groups);
-  of.tokens = static_cast<int>(tokens);
-  of.width = static_cast<int>(width);
-  of.eps = static_cast<float>(eps);
-  return of;
-}
-
-void group_write(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor score_bias,
-                 Tensor values, Tensor bias, Tensor out, double eps) {
-  using torch::headeronly::ScalarType;
-  if (patches.numel() == 0) return;
-  constexpr const char* op = "group_write";
-  snapkernels::GroupWriteArguments given{
-      group_arguments(op, patches, absorbed, absorbed_sum, eps)};
-  const int64_t width = given.of.width, columns = absorbed_sum.numel();
-  given.score_bias =
-      head_data<float>(op, "score_bias", score_bias, ScalarType::Float, columns, patches);
-  given.values =
-      head_data<void>(op, "values", values, ScalarType::BFloat16, columns * width, patches);
-  given.bias = head_data<void>(op, "bias", bias, ScalarType::BFloat16, width, patches);
-  given.out = head_data<void>(op, "out", out, ScalarType::BFloat16, patches.numel(), patches);
-  const torch::stable::accelerator::DeviceGuard guard(patches.get_device_index());
-  check_launch(op, snapkernels::group_write(given, current_stream(patches)));
-}
-
-void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor norm_weight,
-                Tensor norm_bias, Tensor weights, Tensor most, Tensor sums, Tensor means,
-                Tensor context, std::optional<Tensor> average, double eps) {
-  using torch::headeronly::ScalarType;
-  if (context.numel() == 0) return;
-  constexpr const char* op = "group_read";
-  snapkernels::GroupReadArguments given{group_arguments(op, patches, absorbed, absorbed_sum, eps)};
-  const int64_t width = given.of.width, columns = absorbed_sum.numel();
-  const auto bfloat16 = [&](const char* name, const Tensor& tensor, int64_t numel) {
-    return head_data<void>(op, name, tensor, ScalarType::BFloat16, numel, patches);
-  };
-  given.norm_weight = bfloat16("norm_weight", norm_weight, width);
-  given.norm_bias = bfloat16("norm_bias", norm_bias, width);
-  given.weights = bfloat16("weights", weights, columns * given.of.tokens);
-  given.context = bfloat16("context", context, columns * width);
-  given.average = average ? bfloat16("average", *average, columns * width) : nullptr;
-  STD_TORCH_CHECK(given.of.tokens % snapkernels::kGroupBlock == 0, op, ": tokens");
-  const int64_t blocks = given.of.tokens / snapkernels::kGroupBlock;
-  STD_TORCH_CHECK(columns * blocks < INT32_MAX, op, ": sizes");
-  const auto scratch = [&](const char* name, const Tensor& tensor) {
-    return head_data<float>(op, name, tensor, ScalarType::Float, columns * blocks, patches);
-  };
-  given.most = scratch("most", most);
-  given.sums = scratch("sums", sums);
-  given.means = scratch("means", means);
-  const torch::stable::accelerator::DeviceGuard guard(patches.get_device_index());
-  check_launch(op, snapkernels::group_read(given, current_stream(patches)));
 }
 
 // The hash of csrc/ that setup.py compiled, so that a stale library is noticed.
@@ -515,13 +409,6 @@ STABLE_TORCH_LIBRARY(snapkernels_cuda, m) {
       " Tensor(c!) d_norm_weight, Tensor(d!) d_norm_bias, Tensor(e!) d_positions,"
       " Tensor(f!) features, Tensor(g!) products, Tensor(h!) coefficients, Tensor(i!) moments,"
       " Tensor(j!) means, Tensor(k!) sums, int[] group) -> ()");
-  m.def(
-      "group_write(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor score_bias,"
-      " Tensor values, Tensor bias, Tensor(a!) out, float eps) -> ()");
-  m.def(
-      "group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor norm_weight,"
-      " Tensor norm_bias, Tensor(a!) weights, Tensor(b!) most, Tensor(c!) sums,"
-      " Tensor(d!) means, Tensor(e!) context, Tensor(f!)? average, float eps) -> ()");
   m.def("sources() -> int");
 }
 
@@ -535,8 +422,6 @@ STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CUDA, m) {
   m.impl("forward_process", TORCH_BOX(&forward_process));
   m.impl("stem", TORCH_BOX(&stem));
   m.impl("stem_backward", TORCH_BOX(&stem_backward));
-  m.impl("group_write", TORCH_BOX(&group_write));
-  m.impl("group_read", TORCH_BOX(&group_read));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CompositeExplicitAutograd, m) {

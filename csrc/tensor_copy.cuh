@@ -18,6 +18,16 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int column,
       : "memory");
 }
 
+// The same, with how L2 is to hold it.
+__device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
+                                int matrix, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // The same into every block of the cluster that `blocks` has a bit of, each counting it by its own
 // barrier: `to` and `barrier` are offsets that all of them share.
 __device__ inline void copy_box_to(int blocks, uint32_t to, const CUtensorMap* map, int column,

@@ -196,6 +196,23 @@ __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
                : "memory");
 }
 
+// 16 bytes, and two bfloat16, of shared memory.
+__device__ inline uint4 load_vector(uint32_t address) {
+  uint4 loaded;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
+               : "r"(address)
+               : "memory");
+  return loaded;
+}
+
+
+__device__ inline uint32_t load_pair(uint32_t address) {
+  uint32_t pair;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(address) : "memory");
+  return pair;
+}
+
 // 16 bytes that this block will not read again: they leave the cache to others. Volatile: under way
 // from here on, not from their first use.
 __device__ inline float4 load_once(const float* from) {

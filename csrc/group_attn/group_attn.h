@@ -33,6 +33,10 @@ struct GroupWriteArguments {
   const void* values;       // (groups, kGroupColumns, width), channels in the inverse order
   const void* bias;         // (width,)
   void* out;                // (groups, tokens, width)
+  // What a backward wants, or null: P (groups, tokens, kGroupColumns), columns in order; and of the
+  // tokens (groups, tokens).
+  void* weights;
+  float *mean, *rstd;
 };
 
 cudaError_t group_write(const GroupWriteArguments& given, cudaStream_t stream);
@@ -48,6 +52,7 @@ struct GroupReadArguments {
   float *most, *sums, *means;  // (groups, tokens / kGroupBlock, kGroupColumns)
   void* context;               // (heads, groups, kGroupLatents, width)
   void* average;               // likewise, without norm_weight and norm_bias; or null
+  float* log_sum;              // (groups, kGroupColumns): log2 of the sum of 2^score; or null
 };
 
 cudaError_t group_read(const GroupReadArguments& given, cudaStream_t stream);

@@ -78,6 +78,9 @@ __device__ inline float2 add_blocks(AverageTotals& totals, const GroupReadArgume
   mean += __shfl_xor_sync(~0u, mean, 1);
   if (half == 0) {
     const float scale = reciprocal_fast(sum);
+    if (given.log_sum != nullptr && channel == 0) {
+      given.log_sum[group * kGroupColumns + first_column + column] = most + log2f(sum);
+    }
     totals.scale[column] = scale;
     totals.mean[column] = mean * scale;
   }

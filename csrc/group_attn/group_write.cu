@@ -21,7 +21,7 @@ cudaError_t group_write(const GroupWriteArguments& given, cudaStream_t stream) {
   error = blocks_of_clusters(&blocks, score_items(of), kClusterBlocks);
   if (error != cudaSuccess) return error;
   return launch_clusters(group_write_kernel<kGroupLatents>, blocks, kClusterBlocks, kScoreThreads,
-                         WriteRings::kBytes, stream, patches, absorbed, values, given);
+                         TokenRings::bytes<float2>(), stream, patches, absorbed, values, given);
 }
 
 }  // namespace snapkernels

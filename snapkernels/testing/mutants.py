@@ -113,8 +113,8 @@ def compiled(spec: Spec, mutant: Mutant) -> Path:
             copy = shutil.copytree if (root / part).is_dir() else shutil.copy
             copy(root / part, folder / part)
         (folder / "csrc" / str(mutant.file)).write_text(changed)
-        bindings = folder / "csrc" / "bindings.cpp"
-        bindings.write_text(bindings.read_text().replace("snapkernels_cuda", library.stem))
+        for bindings in (folder / "csrc").glob("*bindings.cpp"):
+            bindings.write_text(bindings.read_text().replace("snapkernels_cuda", library.stem))
         subprocess.run(
             [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
             cwd=folder,

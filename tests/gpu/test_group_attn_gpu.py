@@ -120,7 +120,7 @@ def test_a_backward_is_captured_in_a_cuda_graph(spec, gpu):
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize(("spec", "most_gib"), [(READ, 0.05), (WRITE, 0.01)])
+@pytest.mark.parametrize(("spec", "most_gib"), [(READ, 0.05), (WRITE, 0.15)])
 def test_what_a_forward_keeps_for_its_backward(spec, most_gib, gpu):
     call = upsampler(spec)
     function = OPS[spec.name].function

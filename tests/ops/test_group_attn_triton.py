@@ -172,7 +172,7 @@ def test_the_latents_products(dtype, rng):
     A, sums, bias = triton_latents.absorbed_biased(
         heads, weight, gain, shift, q_bias, HEADS, groups, scale
     )
-    again, same_sums = triton_latents.absorbed(heads, weight, gain, HEADS, groups, scale)
+    again, same_sums, _ = triton_latents.absorbed(heads, weight, gain, HEADS, groups, scale)
     assert torch.equal(A, again) and torch.equal(sums, same_sums)
     assert torch.allclose(sums.double(), A.double().sum(-1), atol=1e-5)
     rounding = torch.finfo(dtype).eps
@@ -211,6 +211,31 @@ def test_the_latents_products(dtype, rng):
     residual = drawn(groups * latents, 40)
     exact = linear(heads.double(), o_weight.double(), o_bias.double()) + residual.double()
     assert relative_rms(triton_latents.output(heads, o_weight, o_bias, residual), exact) < rounding
+
+
+def test_the_ends_of_sums_that_were_products_in_order(rng):
+    """Of 32 columns a product has 8 b + 2 q + e as row 8 q + 2 b + e."""
+    from snapkernels.ops.group_attn.kernels import triton_sum_ends
+
+    groups, heads, latents, width, parts = 3, 4, 24, 40, 35
+    columns = heads * latents
+    sums = torch.randn(groups, columns, width, generator=rng)
+    average = torch.randn(heads, groups * latents, width, generator=rng).bfloat16()
+    found = torch.randn(groups, parts, 2, columns, generator=rng)
+
+    def by_head(one):
+        return one.unflatten(1, (heads, latents)).transpose(0, 1).flatten(1, 2)
+
+    product = sums.unflatten(1, (-1, 4, 4, 2)).transpose(2, 3).reshape(sums.shape)
+    moment, total = found.double().sum(1).unbind(1)
+    exact = by_head(sums.double() - moment[..., None])
+    dA, totals = triton_sum_ends.scores_sums(product, found, heads)
+    assert relative_rms(dA, exact) < 2**-8
+    assert relative_rms(totals, by_head(total)) < 1e-6
+    dA, _ = triton_sum_ends.scores_sums(product, found, heads, average_HRC=average)
+    assert relative_rms(dA, exact - by_head(total[..., None]) * average.double()) < 2**-8
+    dW = triton_sum_ends.values_sums(product.bfloat16(), heads)
+    assert torch.equal(dW, by_head(sums.bfloat16()))
 
 
 @pytest.mark.parametrize("latents", [1, 5, 8, 16, 17, 24, 31, 64, 96, 100, 128])

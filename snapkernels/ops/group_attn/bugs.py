@@ -194,13 +194,117 @@ _CUDA_WRITE = (
         "channel + rank * 64, column, group)",
         "channel + rank * 64, column, 0)",
     ),
-    _cuda_bug("mean left in", "group_write", "-moments.mean[i] * moments.rstd[i]", "0"),
-    _cuda_bug("score bias left out", "group_write", "i % 2 ? two.w : two.y", "0"),
+    _cuda_bug("mean left in", "token_scores", "-moments.mean[i] * moments.rstd[i]", "0"),
+    _cuda_bug("score bias left out", "token_scores", "i % 2 ? two.w : two.y", "0"),
     _cuda_bug("residual left out", "group_write", " + bf16_low(olds[b])", ""),
     _cuda_bug(
-        "a head's sum over half of its lanes", "group_write", "__shfl_xor_sync(~0u, sum[i], 2)", "0"
+        "a head's sum over half of its lanes",
+        "token_scores",
+        "__shfl_xor_sync(~0u, sum[i], 2)",
+        "0",
     ),
 )
 
-READ = (*_TRITON, *_TRITON_READ, *_BACKWARD, *_BACKWARD_READ, *_CUDA_READ)
-WRITE = (*_TRITON, *_TRITON_WRITE, *_BACKWARD, *_BACKWARD_WRITE, *_CUDA_WRITE)
+
+def _cuda_backward_bug(
+    name: str, find: str, replace: str, *, file: str | None = None, module: str | None = None
+) -> Mutant:
+    """A bug of CUDA's backward, in csrc/group_attn/<file>.cuh or kernels/<module>.py."""
+    path = None if file is None else f"group_attn/{file}.cuh"
+    return Mutant(
+        name=name,
+        backend="cuda",
+        file=path,
+        module=module,
+        find=find,
+        replace=replace,
+        backward=True,
+    )
+
+
+_CUDA_BACKWARD = (
+    _cuda_backward_bug(
+        "LayerNorm's mean of the gradient left in",
+        "moments.mean[i] * slope[i] - over_row(found.x) / width",
+        "moments.mean[i] * slope[i]",
+        file="score_grads",
+    ),
+    _cuda_backward_bug(
+        "LayerNorm's second term left out",
+        "moments.rstd[i] * over_row(found.y) / width",
+        "0",
+        file="score_grads",
+    ),
+    _cuda_backward_bug(
+        "means left in A's gradient", "- moment_J[:, None]", "", module="triton_sum_ends"
+    ),
+)
+_CUDA_BACKWARD_READ = (
+    _cuda_backward_bug("delta left out", "(product - line.w)", "product", file="group_read_grads"),
+    _cuda_backward_bug(
+        "patches' gradient with A and W of the first group",
+        "(group * kGroupColumns + column) / 32",
+        "column / 32",
+        file="patch_grads",
+    ),
+    _cuda_backward_bug(
+        "first tile dropped of A's gradient",
+        "torch.bmm(dS_GNJ.mT, x_GNC,",
+        "torch.bmm(dS_GNJ[:, 128:].mT, x_GNC[:, 128:],",
+        module="cuda_backward",
+    ),
+    _cuda_backward_bug(
+        "log of the sum without its largest score",
+        "most + log2f(sum)",
+        "log2f(sum)",
+        file="group_read_average",
+    ),
+)
+_CUDA_BACKWARD_WRITE = (
+    _cuda_backward_bug(
+        "delta left out", "(product[0] - delta[i])", "product[0]", file="group_write_backward"
+    ),
+    _cuda_backward_bug(
+        "gradient of the score bias with standard deviations",
+        "(row == 1) * reciprocal_fast(rstd)",
+        "(row == 1)",
+        file="score_grads",
+    ),
+    _cuda_backward_bug(
+        "gradient of the output not added",
+        "two.x + bf16_low(dy)",
+        "two.x",
+        file="group_write_backward",
+    ),
+    _cuda_backward_bug(
+        "first tile dropped of the gradient of o's bias",
+        "dy_sums.sum(0)",
+        "dy_sums[1:].sum(0)",
+        module="cuda_backward",
+    ),
+    _cuda_backward_bug(
+        "values' gradient with columns as they lie",
+        "+ place_in_order(j_J)",
+        "+ j_J",
+        module="triton_sum_ends",
+    ),
+)
+
+READ = (
+    *_TRITON,
+    *_TRITON_READ,
+    *_BACKWARD,
+    *_BACKWARD_READ,
+    *_CUDA_READ,
+    *_CUDA_BACKWARD,
+    *_CUDA_BACKWARD_READ,
+)
+WRITE = (
+    *_TRITON,
+    *_TRITON_WRITE,
+    *_BACKWARD,
+    *_BACKWARD_WRITE,
+    *_CUDA_WRITE,
+    *_CUDA_BACKWARD,
+    *_CUDA_BACKWARD_WRITE,
+)

@@ -40,6 +40,11 @@ TRITON_UPDATE_COLUMNS = {2: 64, 4: 32}  # of P at once
 TRITON_UPDATE_WARPS = 8
 TRITON_UPDATE_STAGES = 3
 
+# Ends of sums over tokens that CUDA's backward leaves to cuBLAS: rows of A by channels.
+TRITON_ENDS_COLUMNS = 32
+TRITON_ENDS_CHANNELS = 128
+TRITON_ENDS_WARPS = 4
+
 TRITON_NORM_WARPS = 4  # for a row of latents: 3.4 us of 768 rows, 4.5 with 8
 
 # The latents' small products: at 768 rows, 192 to 288 programs for 132 multiprocessors.
@@ -58,6 +63,7 @@ CUDA_LATENTS = 24  # of a group
 CUDA_COLUMNS = 384  # of scores: heads times latents, the registers of two warpgroups
 CUDA_CHANNELS = 256  # what the width of a patch token comes in
 CUDA_READ_TOKENS = 128  # what the patch tokens of a group that is read come in
+CUDA_SUMS_TOKENS = 16  # whose sums the backward's kernels write
 CUDA_MOST_TOKENS = (
     2**31 // 3 - 256
 )  # of all groups: of read 3 numbers a token are counted in 32 bits

@@ -1,8 +1,9 @@
 """group_read and group_write absorbed, but for what meets the patches, which a backend brings.
 
 The latents' projections are PyTorch's, their LayerNorm and small products Triton's. What is saved
-is small: of the read the average and the heads, of the write the latents' keys and values. The
-backward (absorbed_backward.py) makes the rest again.
+is small: of the read the average, the heads and the softmax's sums, of the write the latents' keys
+and values, P and the moments of the patches. The backward (absorbed_backward.py) makes the rest
+again.
 
 Legend: as in triton_latents.py.
 """
@@ -19,11 +20,13 @@ from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
 LOG2_E = log2(2.718281828459045)  # scores are exponents of 2
 
-# (x_GNC, A_GJC, sums_GJ, mask_GN, w, num_heads, eps, saving=) -> (context_HRC, average_HRC):
-# LayerNorm's tokens averaged, and without its weight and bias; None if not saving.
-Average = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-# (x_GND, A_GJD, sums_GJ, bias_GJ, v_RI, w, num_heads, eps) -> y_GND.
-Written = Callable[..., torch.Tensor]
+# (x_GNC, A, mask_GN, w, num_heads, eps, saving=) -> (context_HRC, average_HRC, log_sum_GJ):
+# LayerNorm's tokens averaged, and without its weight and bias; of each column log2 of the sum of
+# 2^score, 0 if there is nothing to read. The last two are None if not saving.
+Average = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+# (x_GND, A, v_RI, w, num_heads, eps, saving=) -> (y_GND, P_GNJ, mean_GN, rstd_GN): columns of P in
+# whatever order the backend's backward has them. The last three are None if not saving.
+Written = Callable[..., tuple[torch.Tensor | None, ...]]
 
 
 def group_read(
@@ -37,33 +40,36 @@ def group_read(
     *,
     saving: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """The output and, if `saving`, average (H, B, G, L, C), heads and rest (B, G, L, I).
+    """The output and, if `saving`, what the backward wants.
 
-    The rest is what the heads were rounded by: the gradient of o's weight has both.
+    average (H, B, G, L, C), heads and rest (B, G, L, I), and log_sum (B, G, H, L). The rest is what
+    the heads were rounded by: the gradient of o's weight has both.
     """
     grid, width = latents.shape[:3], patches.shape[3]
     if not latents.numel():
         heads = latents.new_empty(*grid, len(w.q_bias))
         average_of_none = latents.new_empty(num_heads, *grid, width)
-        return torch.empty_like(latents), average_of_none, heads, torch.empty_like(heads)
+        log_sum = latents.new_empty(*grid[:2], num_heads, grid[2], dtype=torch.float32)
+        return torch.empty_like(latents), average_of_none, heads, torch.empty_like(heads), log_sum
     z_RD, x_GNC = latents.flatten(0, 2).contiguous(), patches.flatten(0, 1).contiguous()
     q_RI = linear(layer_norm(z_RD, w.q_norm_weight, w.q_norm_bias, eps), w.q_weight, w.q_bias)
-    A_GJC, sums_GJ = triton_latents.absorbed(
+    A = triton_latents.absorbed(
         q_RI, w.k_weight, w.kv_norm_weight, num_heads, len(x_GNC), score_scale(q_RI, num_heads)
     )
     mask_GN, readable_R = read_mask(mask_BGN, latents.shape[2])
-    context_HRC, average_HRC = average(
-        x_GNC, A_GJC, sums_GJ, mask_GN, w, num_heads, eps, saving=saving
+    context_HRC, average_HRC, log_sum_GJ = average(
+        x_GNC, A, mask_GN, w, num_heads, eps, saving=saving
     )
     rest_RI = torch.empty_like(q_RI) if saving else None
     heads_RI = triton_latents.heads_of(
         context_HRC, w.v_weight, w.v_bias, readable_R=readable_R, rest_RI=rest_RI
     )
     y = triton_latents.output(heads_RI, w.o_weight, w.o_bias, z_RD).view(latents.shape)
-    if average_HRC is None or rest_RI is None:
+    if average_HRC is None or log_sum_GJ is None or rest_RI is None:
         return (y,)
     heads, rest = (one.view(*grid, -1) for one in (heads_RI, rest_RI))
-    return y, average_HRC.view(num_heads, *grid, width), heads, rest
+    log_sum = log_sum_GJ.view(*grid[:2], num_heads, grid[2])
+    return y, average_HRC.view(num_heads, *grid, width), heads, rest, log_sum
 
 
 def group_write(
@@ -73,25 +79,42 @@ def group_write(
     w: CrossAttentionWeights,
     num_heads: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output, and the keys and values (B, G, L, I) of the latents."""
-    grid = latents.shape[:3]
+    *,
+    saving: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The output and, if `saving`, what the backward wants.
+
+    keys and values (B, G, L, I), P (B, G, N, H, L), mean and rstd (B, G, N).
+    """
+    grid, form = latents.shape[:3], (*patches.shape[:3], num_heads, latents.shape[2])
     if not patches.numel():
         nothing = patches.new_empty(*grid, len(w.k_bias))
-        return torch.empty_like(patches), nothing, torch.empty_like(nothing)
+        moments = patches.new_empty(form[:3], dtype=torch.float32)
+        return (
+            torch.empty_like(patches), nothing, torch.empty_like(nothing),
+            patches.new_empty(form), moments, torch.empty_like(moments),
+        )  # fmt: skip
     z_RC, x_GND = latents.flatten(0, 2).contiguous(), patches.flatten(0, 1)
     normed_RC = layer_norm(z_RC, w.kv_norm_weight, w.kv_norm_bias, eps)
     k_RI = linear(normed_RC, w.k_weight, w.k_bias)
     v_RI = linear(normed_RC, w.v_weight, w.v_bias)
-    absorbed = absorbed_keys(k_RI, w, num_heads, len(x_GND))
-    y_GND = written(x_GND, *absorbed, v_RI, w, num_heads, eps)
-    return y_GND.view(patches.shape), k_RI.view(*grid, -1), v_RI.view(*grid, -1)
+    A = absorbed_keys(k_RI, w, num_heads, len(x_GND))
+    y_GND, P_GNJ, mean_GN, rstd_GN = written(x_GND, A, v_RI, w, num_heads, eps, saving=saving)
+    assert y_GND is not None
+    y = y_GND.view(patches.shape)
+    if P_GNJ is None or mean_GN is None or rstd_GN is None:
+        return (y,)
+    k, v = (one.view(*grid, -1) for one in (k_RI, v_RI))
+    return y, k, v, P_GNJ.view(form), mean_GN.view(form[:3]), rstd_GN.view(form[:3])
 
 
 def absorbed_keys(
-    k_RI: torch.Tensor, w: CrossAttentionWeights, num_heads: int, groups: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A_GJD, its sums and the bias of the scores, of the write."""
+    k_RI: torch.Tensor,
+    w: CrossAttentionWeights,
+    num_heads: int,
+    groups: int,
+) -> triton_latents.Absorbed:
+    """A of the write, with the bias of the scores."""
     return triton_latents.absorbed_biased(
         k_RI, w.q_weight, w.q_norm_weight, w.q_norm_bias, w.q_bias, num_heads, groups,
         score_scale(k_RI, num_heads),

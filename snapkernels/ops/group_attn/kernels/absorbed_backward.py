@@ -1,41 +1,74 @@
-"""The backward of group_read and group_write absorbed; what meets the patches is Triton's.
+"""The backward of group_read and group_write absorbed, but for what meets the patches.
 
-P, A and what else the forward did not keep is made again. Then, as in the forward, the latents'
-side goes first: W is the gradient at the read's average, or the write's values. One pass over the
-patches makes the gradient of the scores, others its sums over the tokens and the gradient of the
-patches, and the latents' side makes those of the latents and the weights.
+That a backend brings. A and what else the forward did not keep is made again. Then, as in the
+forward, the latents' side goes first: W is the gradient at the read's average, or the write's
+values. Passes over the patches make P again, which the write kept, the gradient of the scores, its
+sums over the tokens and the gradient of the patches, and the latents' side makes those of the
+latents and the weights.
 
 Nothing is added by atomics: two runs agree in every bit.
 
 Legend: as in triton_latents.py.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch.nn.functional import linear
 
 from snapkernels.ops.group_attn.kernels import latents_grads, triton_latents
 from snapkernels.ops.group_attn.kernels.absorbed import absorbed_keys, read_mask, score_scale
-from snapkernels.ops.group_attn.kernels.triton_patch_grads import (
-    read_patch_grads,
-    write_patch_grads,
-)
-from snapkernels.ops.group_attn.kernels.triton_score_grads import (
-    read_score_grads,
-    write_score_grads,
-)
-from snapkernels.ops.group_attn.kernels.triton_scores import read_scores, write_scores
-from snapkernels.ops.group_attn.kernels.triton_token_sums import scores_sums, values_sums
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
 Grads = tuple[torch.Tensor | None, ...]
 
 
+class ReadGrads(NamedTuple):
+    """What a read's passes over the patches make.
+
+    Attributes:
+        absorbed: (H, R, C), A's gradient.
+        patches: (G, N, C), or None where not wanted.
+    """
+
+    absorbed: torch.Tensor
+    patches: torch.Tensor | None
+
+
+class WriteGrads(NamedTuple):
+    """What a write's passes over the patches make.
+
+    Attributes:
+        absorbed: (H, R, D), A's gradient.
+        bias: (H, R) float32, the gradient of the scores' bias, in base 2.
+        values: (H, R, D), their gradient.
+        patches: (G, N, D).
+        grad_sums: (D,) float32, the output's gradient summed over all patches.
+    """
+
+    absorbed: torch.Tensor
+    bias: torch.Tensor
+    values: torch.Tensor
+    patches: torch.Tensor
+    grad_sums: torch.Tensor
+
+
+# (x_GNC, A, W, log_sum_GJ, mask_GN, average_HRC, num_heads, eps, of_patches=): W has the number
+# delta.
+ReadPasses = Callable[..., ReadGrads]
+# (x_GND, dy_GND, A, W_GJD, P_GNJ, mean_GN, rstd_GN, num_heads, eps): A has the scores' bias.
+WritePasses = Callable[..., WriteGrads]
+
+
 def group_read_backward(
+    passes: ReadPasses,
     needs: tuple[bool, ...],
     grad: torch.Tensor,
     average: torch.Tensor,
     heads: torch.Tensor,
     rest: torch.Tensor,
+    log_sum: torch.Tensor,
     latents: torch.Tensor,
     patches: torch.Tensor,
     w: CrossAttentionWeights,
@@ -53,37 +86,29 @@ def group_read_backward(
     normed = latents_grads.normed(z_RD, w.q_norm_weight, w.q_norm_bias, eps)
     q_RI = linear(normed.rows, w.q_weight, w.q_bias)
     scale = score_scale(q_RI, num_heads)
-    A_GJC, A_sums_GJ = triton_latents.absorbed(
-        q_RI, w.k_weight, w.kv_norm_weight, num_heads, groups, scale
-    )
+    A = triton_latents.absorbed(q_RI, w.k_weight, w.kv_norm_weight, num_heads, groups, scale)
 
     d_o_weight = torch.addmm(dy_RD.T @ rest_RI, dy_RD.T, heads_RI)
     d_heads_RI = dy_RD @ w.o_weight
     if readable_R is not None:
         d_heads_RI *= readable_R[:, None]
-    W_GJC, W_sums_GJ, delta_GJ = triton_latents.absorbed_weighed(
-        d_heads_RI, w.v_weight, w.kv_norm_weight, average_HRC, num_heads, groups
-    )
-
-    scores = read_scores(x_GNC, A_GJC, A_sums_GJ, mask_GN, num_heads, eps)
-    grads = read_score_grads(x_GNC, W_GJC, W_sums_GJ, A_sums_GJ, delta_GJ, scores, num_heads)
-    gain_C, shift_C = w.kv_norm_weight.float(), w.kv_norm_bias.float()
-    dA_HRC, da_HRC = scores_sums(
-        x_GNC, grads, scores.mean, gain_C * scale, num_heads, average_HRC=average_HRC
-    )
-    dx = None
-    if needs[1]:
-        of_patches = read_patch_grads(
-            x_GNC, scores.mean, scores.rstd, grads, A_GJC, scores.P, W_GJC
-        )
-        dx = of_patches.view(patches.shape)
+    W = triton_latents.absorbed_weighed(
+        d_heads_RI, w.v_weight, w.kv_norm_weight, average_HRC, num_heads, groups,
+    )  # fmt: skip
+    dA_HRC, dx_GNC = passes(
+        x_GNC, A, W, log_sum.flatten(0, 1).flatten(1), mask_GN, average_HRC, num_heads, eps,
+        of_patches=needs[1],
+    )  # fmt: skip
+    dx = None if dx_GNC is None else dx_GNC.view(patches.shape)
 
     # A = gain a scale, a = q_h W_k,h; the heads are (average gain + shift) W_v,h^T + b_v.
+    gain_C, shift_C = w.kv_norm_weight.float(), w.kv_norm_bias.float()
     of_keys_IC = latents_grads.matrix_grads(q_RI, dA_HRC) * scale
     of_values_IC = latents_grads.matrix_grads(d_heads_RI, average_HRC)
     d_v_bias_I = latents_grads.sums(d_heads_RI)
     d_gain_C = (of_keys_IC * w.k_weight + of_values_IC * w.v_weight).sum(0)
-    d_q_RI = triton_latents.heads_of(da_HRC, w.k_weight)
+    k_gained_IC = (w.k_weight * (gain_C * scale)).to(q_RI.dtype)
+    d_q_RI = triton_latents.heads_of(dA_HRC, k_gained_IC)
     d_q_weight, d_q_bias = latents_grads.projection_grads(d_q_RI, normed.rows)
     dz_RD, d_q_norm_weight, d_q_norm_bias = latents_grads.normed_grads(
         d_q_RI @ w.q_weight, z_RD, normed, w.q_norm_weight, w.q_norm_bias
@@ -95,7 +120,7 @@ def group_read_backward(
         kv_norm_bias=d_v_bias_I @ w.v_weight.float(),
         q_weight=d_q_weight,
         q_bias=d_q_bias,
-        k_weight=latents_grads.matrix_grads(q_RI, da_HRC),
+        k_weight=of_keys_IC * gain_C,
         k_bias=torch.zeros_like(w.k_bias),  # a number added to all scores of a latent
         v_weight=torch.addcmul(d_v_bias_I[:, None] * shift_C, of_values_IC, gain_C),
         v_bias=d_v_bias_I,
@@ -106,10 +131,14 @@ def group_read_backward(
 
 
 def group_write_backward(
+    passes: WritePasses,
     needs: tuple[bool, ...],
     grad: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    weights: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
     patches: torch.Tensor,
     latents: torch.Tensor,
     w: CrossAttentionWeights,
@@ -123,29 +152,27 @@ def group_write_backward(
     dy_GND, groups = grad.flatten(0, 1).contiguous(), len(x_GND)
     k_RI, v_RI = keys.flatten(0, 2), values.flatten(0, 2)
     normed = latents_grads.normed(z_RC, w.kv_norm_weight, w.kv_norm_bias, eps)
-    A_GJD, A_sums_GJ, bias_GJ = absorbed_keys(k_RI, w, num_heads, groups)
+    A = absorbed_keys(k_RI, w, num_heads, groups)
     W_GJD = triton_latents.values(v_RI, w.o_weight, num_heads, groups)
-
-    scores = write_scores(x_GND, A_GJD, A_sums_GJ, bias_GJ, num_heads, eps)
-    grads = write_score_grads(dy_GND, W_GJD, A_sums_GJ, bias_GJ, scores, num_heads)
-    scale = score_scale(k_RI, num_heads)
-    d_bias_GHL = grads.total.sum(1).unflatten(1, (num_heads, -1)) * scale
-    d_bias_HR = d_bias_GHL.transpose(0, 1).flatten(1)
-    dA_HRD, da_HRD = scores_sums(
-        x_GND, grads, scores.mean, w.q_norm_weight.float() * scale, num_heads,
-        shift_C=w.q_norm_bias, factor_HR=d_bias_HR,
-    )  # fmt: skip
-    dW_HRD = values_sums(dy_GND, scores.P, num_heads, grads.block)
-    dx_GND, dy_sums_D = write_patch_grads(x_GND, scores.mean, scores.rstd, grads, A_GJD, dy_GND)
+    P_GNJ = weights.flatten(0, 1).flatten(2)
+    dA_HRD, d_bias_HR, dW_HRD, dx_GND, dy_sums_D = passes(
+        x_GND, dy_GND, A, W_GJD, P_GNJ, mean.flatten(0, 1), rstd.flatten(0, 1), num_heads, eps
+    )
 
     # W = v_h W_o,h^T.
     o_weight_HDE = w.o_weight.unflatten(1, (num_heads, -1)).transpose(0, 1)
     d_v_RI = torch.bmm(dW_HRD, o_weight_HDE).transpose(0, 1).flatten(1)
     d_o_weight = latents_grads.matrix_grads(v_RI, dW_HRD).T
     # A = gain a scale, a = k_h W_q,h, and the scores' bias is (shift . a + k_h . b_q) scale.
+    scale = score_scale(k_RI, num_heads)
+    gain_D, shift_D = w.q_norm_weight.float(), w.q_norm_bias.float()
+    d_bias_HR = d_bias_HR * scale
     of_bias_I = (latents_grads.by_head(k_RI, num_heads) * d_bias_HR[:, :, None]).sum(1).flatten()
-    d_k_RI = triton_latents.heads_of(da_HRD, w.q_weight, w.q_bias, d_bias_HR)
     of_queries_ID = latents_grads.matrix_grads(k_RI, dA_HRD) * scale
+    q_gained_ID = (w.q_weight * (gain_D * scale)).to(k_RI.dtype)
+    d_k_RI = triton_latents.heads_of(
+        dA_HRD, q_gained_ID, w.q_bias + w.q_weight.float() @ shift_D, d_bias_HR
+    )
 
     d_k_weight, _ = latents_grads.projection_grads(d_k_RI, normed.rows)
     d_v_weight, d_v_bias = latents_grads.projection_grads(d_v_RI, normed.rows)
@@ -158,7 +185,7 @@ def group_write_backward(
         q_norm_bias=of_bias_I @ w.q_weight.float(),
         kv_norm_weight=d_kv_norm_weight,
         kv_norm_bias=d_kv_norm_bias,
-        q_weight=latents_grads.matrix_grads(k_RI, da_HRD),
+        q_weight=torch.addcmul(of_bias_I[:, None] * shift_D, of_queries_ID, gain_D),
         q_bias=of_bias_I,
         k_weight=d_k_weight,
         k_bias=torch.zeros_like(w.k_bias),  # a number added to all scores of a head of a patch

@@ -1,7 +1,7 @@
 """group_read and group_write absorbed, in CUDA C++: csrc/group_attn.
 
-What meets the patches in the forward is CUDA's. The latents' side, and the backward, are as in
-triton_kernels.py.
+What meets the patches in the forward is CUDA's; the backward's is in cuda_backward.py. The latents'
+side is as in triton_kernels.py.
 
 Legend: as in triton_latents.py.
 """
@@ -17,27 +17,27 @@ from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
 def _average(
     x_GNC: torch.Tensor,
-    A_GJC: torch.Tensor,
-    sums_GJ: torch.Tensor,
+    A: triton_latents.Absorbed,
     mask_GN: torch.Tensor | None,
     w: CrossAttentionWeights,
     num_heads: int,
     eps: float,
     *,
     saving: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     assert mask_GN is None
     groups, tokens, width = x_GNC.shape
-    columns = sums_GJ.shape[1]
+    columns = A.sums.shape[1]
     P_GJN = x_GNC.new_empty(groups, columns, tokens)
     blocks = groups, tokens // CUDA_READ_TOKENS, columns
-    most, sums, means = (sums_GJ.new_empty(blocks) for _ in range(3))
+    most, sums, means = (A.sums.new_empty(blocks) for _ in range(3))
     context_HRC = x_GNC.new_empty(num_heads, groups * columns // num_heads, width)
     average_HRC = torch.empty_like(context_HRC) if saving else None
+    log_sum_GJ = torch.empty_like(A.sums) if saving else None
     torch.ops.snapkernels_cuda.group_read(
         x_GNC,
-        A_GJC,
-        sums_GJ,
+        A.rows,
+        A.sums,
         w.kv_norm_weight.contiguous(),
         w.kv_norm_bias.contiguous(),
         P_GJN,
@@ -46,27 +46,33 @@ def _average(
         means,
         context_HRC,
         average_HRC,
+        log_sum_GJ,
         eps,
     )
-    return context_HRC, average_HRC
+    return context_HRC, average_HRC, log_sum_GJ
 
 
 def _written(
     x_GND: torch.Tensor,
-    A_GJD: torch.Tensor,
-    sums_GJ: torch.Tensor,
-    bias_GJ: torch.Tensor,
+    A: triton_latents.Absorbed,
     v_RI: torch.Tensor,
     w: CrossAttentionWeights,
     num_heads: int,
     eps: float,
-) -> torch.Tensor:
+    *,
+    saving: bool,
+) -> tuple[torch.Tensor | None, ...]:
     values_GJD = triton_latents.values(v_RI, w.o_weight, num_heads, len(x_GND), in_order=True)
     y_GND = torch.empty_like(x_GND)
+    P_GNJ = mean_GN = rstd_GN = None
+    if saving:
+        P_GNJ = x_GND.new_empty(*x_GND.shape[:2], A.sums.shape[1])
+        mean_GN, rstd_GN = (A.sums.new_empty(x_GND.shape[:2]) for _ in range(2))
     torch.ops.snapkernels_cuda.group_write(
-        x_GND, A_GJD, sums_GJ, bias_GJ, values_GJD, w.o_bias.contiguous(), y_GND, eps
-    )
-    return y_GND
+        x_GND, A.rows, A.sums, A.number, values_GJD, w.o_bias.contiguous(), y_GND, P_GNJ, mean_GN,
+        rstd_GN, eps,
+    )  # fmt: skip
+    return y_GND, P_GNJ, mean_GN, rstd_GN
 
 
 def group_read(*call: Any) -> torch.Tensor:
@@ -76,7 +82,7 @@ def group_read(*call: Any) -> torch.Tensor:
 
 def group_write(*call: Any) -> torch.Tensor:
     """The output alone."""
-    return group_write_saving(*call)[0]
+    return absorbed.group_write(_written, *call, saving=False)[0]
 
 
 def group_read_saving(*call: Any) -> tuple[torch.Tensor, ...]:
@@ -86,4 +92,4 @@ def group_read_saving(*call: Any) -> tuple[torch.Tensor, ...]:
 
 def group_write_saving(*call: Any) -> tuple[torch.Tensor, ...]:
     """The output, and what absorbed.group_write saves."""
-    return absorbed.group_write(_written, *call)
+    return absorbed.group_write(_written, *call, saving=True)

@@ -43,6 +43,8 @@ def projection_grads(
 
 def sums(rows_RI: torch.Tensor) -> torch.Tensor:
     """Over the rows, in float32."""
+    if rows_RI.is_cuda and rows_RI.element_size() == 2:  # 5 us of 768 rows, a sum takes 12 to 20
+        return torch.mm(rows_RI.new_ones(1, len(rows_RI)), rows_RI, out_dtype=torch.float32)[0]
     return rows_RI.sum(0, dtype=torch.float32)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from snapkernels.ops.group_attn.kernels import absorbed, triton_latents
-from snapkernels.ops.group_attn.kernels.triton_scores import read_scores, write_scores
+from snapkernels.ops.group_attn.kernels.triton_scores import log_sums, read_scores, write_scores
 from snapkernels.ops.group_attn.kernels.triton_token_sums import average
 from snapkernels.ops.group_attn.kernels.triton_update import update
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
@@ -18,33 +18,36 @@ from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
 def _average(
     x_GNC: torch.Tensor,
-    A_GJC: torch.Tensor,
-    sums_GJ: torch.Tensor,
+    A: triton_latents.Absorbed,
     mask_GN: torch.Tensor | None,
     w: CrossAttentionWeights,
     num_heads: int,
     eps: float,
     *,
     saving: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    scores = read_scores(x_GNC, A_GJC, sums_GJ, mask_GN, num_heads, eps)
-    return average(x_GNC, scores, w.kv_norm_weight, w.kv_norm_bias, num_heads, saving=saving)
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    scores = read_scores(x_GNC, A.rows, A.sums, mask_GN, num_heads, eps)
+    context_HRC, average_HRC = average(
+        x_GNC, scores, w.kv_norm_weight, w.kv_norm_bias, num_heads, saving=saving
+    )
+    return context_HRC, average_HRC, log_sums(scores) if saving else None
 
 
 def _written(
     x_GND: torch.Tensor,
-    A_GJD: torch.Tensor,
-    sums_GJ: torch.Tensor,
-    bias_GJ: torch.Tensor,
+    A: triton_latents.Absorbed,
     v_RI: torch.Tensor,
     w: CrossAttentionWeights,
     num_heads: int,
     eps: float,
-) -> torch.Tensor:
+    *,
+    saving: bool,
+) -> tuple[torch.Tensor | None, ...]:
     x_GND = x_GND.contiguous()
     values_GJD = triton_latents.values(v_RI, w.o_weight, num_heads, len(x_GND))
-    scores = write_scores(x_GND, A_GJD, sums_GJ, bias_GJ, num_heads, eps)
-    return update(x_GND, scores.P, values_GJD, w.o_bias)
+    scores = write_scores(x_GND, A.rows, A.sums, A.number, num_heads, eps)
+    y_GND = update(x_GND, scores.P, values_GJD, w.o_bias)
+    return (y_GND, *scores) if saving else (y_GND, None, None, None)
 
 
 def group_read(*call: Any) -> torch.Tensor:
@@ -54,7 +57,7 @@ def group_read(*call: Any) -> torch.Tensor:
 
 def group_write(*call: Any) -> torch.Tensor:
     """The output alone."""
-    return group_write_saving(*call)[0]
+    return absorbed.group_write(_written, *call, saving=False)[0]
 
 
 def group_read_saving(*call: Any) -> tuple[torch.Tensor, ...]:
@@ -64,4 +67,4 @@ def group_read_saving(*call: Any) -> tuple[torch.Tensor, ...]:
 
 def group_write_saving(*call: Any) -> tuple[torch.Tensor, ...]:
     """The output, and what absorbed.group_write saves."""
-    return absorbed.group_write(_written, *call)
+    return absorbed.group_write(_written, *call, saving=True)

@@ -9,11 +9,27 @@ of a head, I = H E, J = H L columns of scores, j = h L + l, C width of a patch t
 the side that is updated. In kernels: R rows, O columns, K or E terms of a program's product.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from snapkernels.ops.group_attn import config
+
+
+class Absorbed(NamedTuple):
+    """A matrix of the heads multiplied into what meets it from the latents.
+
+    Attributes:
+        rows: (G, J, C) in the latents' dtype.
+        sums: (G, J) float32, of `rows` over C, as they were rounded.
+        number: (G, J) float32, one more of each row, or None.
+    """
+
+    rows: torch.Tensor
+    sums: torch.Tensor
+    number: torch.Tensor | None
 
 
 @triton.jit
@@ -90,6 +106,12 @@ def absorb_kernel(
 
 
 @triton.jit
+def place_in_order(c_C):
+    """Where column c of a product is in order: of 32, 8 q + 2 b + e at 8 b + 2 q + e."""
+    return c_C // 32 * 32 + c_C % 8 // 2 * 8 + c_C % 32 // 8 * 2 + c_C % 2
+
+
+@triton.jit
 def product_kernel(
     p_x,
     p_weight,
@@ -137,7 +159,7 @@ def product_kernel(
     m_R, m_O = r_R < rows, o_O < COLUMNS
     weight_O = o_O
     if IN_ORDER:
-        weight_O = o_O // 32 * 32 + o_O % 8 // 2 * 8 + o_O % 32 // 8 * 2 + o_O % 2
+        weight_O = place_in_order(o_O)  # its own inverse
     y_RO = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
         k_K = k + tl.arange(0, BLOCK_K)
@@ -176,14 +198,9 @@ def absorbed(
     num_heads: int,
     groups: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A_GJC, sums_GJ): A[h L + l] = norm_weight * (heads_h[l] weight_h) * scale, rounded.
-
-    `sums_GJ`, float32, are the sums over C of A as it was rounded: a product with tokens whose
-    mean is taken off afterwards needs those.
-    """
-    A_GJC, sums_GJ, _ = _absorb(heads_RI, weight_IC, norm_weight_C, num_heads, groups, scale)
-    return A_GJC, sums_GJ
+) -> Absorbed:
+    """A[h L + l] = norm_weight * (heads_h[l] weight_h) * scale, rounded."""
+    return _absorb(heads_RI, weight_IC, norm_weight_C, num_heads, groups, scale)
 
 
 def absorbed_weighed(
@@ -193,12 +210,11 @@ def absorbed_weighed(
     average_HRC: torch.Tensor,
     num_heads: int,
     groups: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(W_GJC, sums_GJ, delta_GJ): as `absorbed` without a scale, and delta = W . average."""
+) -> Absorbed:
+    """W as `absorbed` without a scale, and the number delta = W . average."""
     return _absorb(
         heads_RI, weight_IC, norm_weight_C, num_heads, groups, 1.0,
-        average_HRC=average_HRC.contiguous(),
-    )  # fmt: skip
+        average_HRC=average_HRC.contiguous())  # fmt: skip
 
 
 def absorbed_biased(
@@ -210,15 +226,14 @@ def absorbed_biased(
     num_heads: int,
     groups: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(A_GJC, sums_GJ, bias_GJ): as `absorbed`, and what a column of the write's scores is off by.
+) -> Absorbed:
+    """As `absorbed`, and what a column of the write's scores is off by for its number.
 
     bias[h L + l] = scale * (norm_bias . (heads_h[l] weight_h) + heads_h[l] . q_bias_h), float32.
     """
     return _absorb(
         heads_RI, weight_IC, norm_weight_C, num_heads, groups, scale,
-        norm_bias_C=norm_bias_C.contiguous(), q_bias_I=q_bias_I.contiguous(),
-    )  # fmt: skip
+        norm_bias_C=norm_bias_C.contiguous(), q_bias_I=q_bias_I.contiguous())  # fmt: skip
 
 
 def _absorb(
@@ -232,13 +247,13 @@ def _absorb(
     norm_bias_C: torch.Tensor | None = None,
     q_bias_I: torch.Tensor | None = None,
     average_HRC: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Absorbed:
     (rows, inner), width, item = heads_RI.shape, weight_IC.shape[1], heads_RI.element_size()
     latents, channels = rows // groups, inner // num_heads
     A_GJC = heads_RI.new_empty(groups, num_heads * latents, width)
     sums_GJ = heads_RI.new_empty(A_GJC.shape[:2], dtype=torch.float32)
     biased, weighed = norm_bias_C is not None, average_HRC is not None
-    bias_GJ = torch.empty_like(sums_GJ) if biased or weighed else sums_GJ
+    number_GJ = torch.empty_like(sums_GJ) if biased or weighed else None
     gain = norm_weight_C.contiguous()
     block_r = config.block(rows, config.TRITON_LATENT_ROWS[item])
     with torch.cuda.device_of(heads_RI):  # Triton launches on the current device
@@ -251,7 +266,7 @@ def _absorb(
             gain if average_HRC is None else average_HRC,
             A_GJC,
             sums_GJ,
-            bias_GJ,
+            sums_GJ if number_GJ is None else number_GJ,
             rows,
             scale,
             latents,
@@ -266,7 +281,7 @@ def _absorb(
             num_warps=config.TRITON_ABSORB_WARPS,
             num_stages=config.TRITON_LATENT_STAGES,
         )
-    return A_GJC, sums_GJ, bias_GJ
+    return Absorbed(A_GJC, sums_GJ, number_GJ)
 
 
 def values(
@@ -296,7 +311,6 @@ def values(
         x_strides=(channels, inner),
         weight_strides=(channels, inner),
         y_strides=(latents * width, num_heads * latents * width, width),
-        in_order=in_order,
     )
     return C_GJD
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from snapkernels.ops.group_attn import config
+from snapkernels.ops.group_attn.kernels.triton_latents import Absorbed
 from snapkernels.ops.group_attn.kernels.triton_scores import (
     ReadScores,
     Scores,
@@ -67,7 +68,7 @@ def read_score_grads_kernel(
     p_delta,
     p_mean,
     p_rstd,
-    p_lse,
+    p_log_sum,
     p_share,
     p_P,
     p_dS,
@@ -106,13 +107,13 @@ def read_score_grads_kernel(
         j_R, m_R = columns(h, FIRST, HEADS, LATENTS, BLOCK_H, REST)
         ones_M, norms_M = of_read(
             rest_MR, j_R, m_R, m_M, mean_M, rstd_M, p_W_sums + g * J, p_A_sums + g * J,
-            p_delta + g * J, p_lse + g * J, p_share + k, p_moment + k, p_total + k, p_P + n * J,
+            p_delta + g * J, p_log_sum + g * J, p_share + k, p_moment + k, p_total + k, p_P + n * J,
             p_dS + n * J, J, CENTRE_FIRST, BLOCK_M,
         )  # fmt: skip
     j_F, m_F = columns(h, 0, HEADS, LATENTS, BLOCK_H, FIRST)
     more_ones_M, more_norms_M = of_read(
         first_MF, j_F, m_F, m_M, mean_M, rstd_M, p_W_sums + g * J, p_A_sums + g * J,
-        p_delta + g * J, p_lse + g * J, p_share + k, p_moment + k, p_total + k, p_P + n * J,
+        p_delta + g * J, p_log_sum + g * J, p_share + k, p_moment + k, p_total + k, p_P + n * J,
         p_dS + n * J, J, CENTRE_FIRST, BLOCK_M,
     )  # fmt: skip
     ones_M += more_ones_M
@@ -134,7 +135,7 @@ def of_read(
     p_W_sums,
     p_A_sums,
     p_delta,
-    p_lse,
+    p_log_sum,
     p_share,
     p_moment,
     p_total,
@@ -155,8 +156,8 @@ def of_read(
     norms_M = tl.sum(P_MS * dP_MS, axis=1)
     tl.store(p_total + j_S, tl.sum(dS_MS * (1.0 / rstd_M)[:, None], axis=0), mask=m_S)
     # Where P is 0 so is dS, whatever the score.
-    lse_S = tl.load(p_lse + j_S, mask=m_S, other=0.0)
-    score_MS = tl.log2(tl.where(P_MS > 0, P_MS, 1.0)) + lse_S[None, :]
+    log_sum_S = tl.load(p_log_sum + j_S, mask=m_S, other=0.0)
+    score_MS = tl.log2(tl.where(P_MS > 0, P_MS, 1.0)) + log_sum_S[None, :]
     norms_M += tl.sum(dS_MS * score_MS, axis=1) - tl.log2(rstd_M) * tl.sum(dS_MS, axis=1)
     P_MS = P_MS.to(p_P.dtype.element_ty)
     tl.store(p_P + at_MS, P_MS, mask=m_MS)
@@ -296,35 +297,28 @@ def of_write(
 
 def read_score_grads(
     x_GNC: torch.Tensor,
-    W_GJC: torch.Tensor,
-    W_sums_GJ: torch.Tensor,
+    W: Absorbed,
     A_sums_GJ: torch.Tensor,
-    delta_GJ: torch.Tensor,
+    log_sum_GJ: torch.Tensor,
     scores: ReadScores,
     num_heads: int,
 ) -> ScoreGrads:
-    """From W, the gradient at the average; P of `scores` becomes that of all blocks."""
-    (groups, tokens, width), columns_ = x_GNC.shape, W_GJC.shape[1]
+    """From W, the gradient at the average, and delta; P of `scores` becomes that of all blocks."""
+    (groups, tokens, width), columns_ = x_GNC.shape, W.rows.shape[1]
     blocks = _blocks(x_GNC, columns_, num_heads)
     tiles, parts = scores.most.shape[1], triton.cdiv(num_heads, blocks.heads)
-    most_G1J = scores.most.amax(1, keepdim=True)
-    # -inf - -inf would be NaN: where nothing can be read P is 0, whatever its share.
-    most_G1J = torch.where(most_G1J == -torch.inf, 0.0, most_G1J)
-    power = torch.exp2(scores.most - most_G1J)
-    total_G1J = (scores.total * power).sum(1, keepdim=True)
-    total_G1J = torch.where(total_G1J == 0, 1.0, total_G1J)
-    share, lse_G1J = power / total_G1J, most_G1J + total_G1J.log2()
-    grads = _empty(x_GNC, W_sums_GJ, scores.P, parts, tiles, blocks.tokens)
+    share = torch.exp2(scores.most - log_sum_GJ[:, None])
+    grads = _empty(x_GNC, W.sums, scores.P, parts, tiles, blocks.tokens)
     with torch.cuda.device_of(x_GNC):  # Triton launches on the current device
         read_score_grads_kernel[(groups * tiles * parts,)](
             x_GNC,
-            W_GJC,
-            W_sums_GJ,
+            W.rows,
+            W.sums,
             A_sums_GJ,
-            delta_GJ,
+            W.number,
             scores.mean,
             scores.rstd,
-            lse_G1J,
+            log_sum_GJ,
             share,
             scores.P,
             grads.scores,
@@ -348,8 +342,7 @@ def read_score_grads(
 def write_score_grads(
     dy_GND: torch.Tensor,
     W_GJD: torch.Tensor,
-    A_sums_GJ: torch.Tensor,
-    bias_GJ: torch.Tensor,
+    A: Absorbed,
     scores: Scores,
     num_heads: int,
 ) -> ScoreGrads:
@@ -357,13 +350,13 @@ def write_score_grads(
     (groups, tokens, width), columns_ = dy_GND.shape, W_GJD.shape[1]
     blocks = _blocks(dy_GND, columns_, num_heads)
     tiles, parts = triton.cdiv(tokens, blocks.tokens), triton.cdiv(num_heads, blocks.heads)
-    grads = _empty(dy_GND, A_sums_GJ, scores.P, parts, tiles, blocks.tokens)
+    grads = _empty(dy_GND, A.sums, scores.P, parts, tiles, blocks.tokens)
     with torch.cuda.device_of(dy_GND):  # Triton launches on the current device
         write_score_grads_kernel[(groups * tiles * parts,)](
             dy_GND,
             W_GJD,
-            A_sums_GJ,
-            bias_GJ,
+            A.sums,
+            A.number,
             scores.mean,
             scores.rstd,
             scores.P,

@@ -389,11 +389,20 @@ def read_scores(
     return ReadScores(P_GNJ, mean_GN, rstd_GN, most, total, moment, blocks.tokens)
 
 
+def log_sums(scores: ReadScores) -> torch.Tensor:
+    """(G, J) log2 of the sum over all tokens of 2^score, 0 where none can be read."""
+    most_GJ = scores.most.amax(1)
+    # -inf - -inf would be NaN: where nothing can be read the total is 0.
+    most_GJ = torch.where(most_GJ == -torch.inf, 0.0, most_GJ)
+    total_GJ = (scores.total * torch.exp2(scores.most - most_GJ[:, None])).sum(1)
+    return most_GJ + torch.where(total_GJ == 0, 1.0, total_GJ).log2()
+
+
 def write_scores(
     x_GNC: torch.Tensor,
     A_GJC: torch.Tensor,
     sums_GJ: torch.Tensor,
-    bias_GJ: torch.Tensor,
+    bias_GJ: torch.Tensor | None,
     num_heads: int,
     eps: float,
 ) -> Scores:

@@ -1,8 +1,7 @@
 """Sums over the tokens of a group, weighted by P or a gradient of its scores, in Triton.
 
-What is made is the sums, the sums times a gain and with a shift of every channel, or both: of the
-read LayerNorm's tokens averaged, and their context; of a backward the gradient of A, and of the
-product that A is.
+What is made is the sums or, of the read, LayerNorm's tokens averaged: with its weight and bias, or
+as they are, or both.
 
 The read's average of LayerNorm's tokens is (sum P (x - mean)) / total, where P has 1 / standard
 deviation in it. A block's part is multiplied by 2^(most - most of all blocks), which is exact, and
@@ -36,7 +35,6 @@ def token_sums_kernel(
     p_average,
     p_gain,
     p_shift,
-    p_factor,
     p_sums,
     p_gained,
     tokens,
@@ -50,8 +48,6 @@ def token_sums_kernel(
     HAS_EXCESS: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     HAS_GAINED: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
     CENTRE_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -111,15 +107,9 @@ def token_sums_kernel(
         tl.store(p_sums + at_JD, sum_JD.to(p_sums.dtype.element_ty), mask=m_JD)
     if HAS_GAINED:
         gain_D = tl.load(p_gain + d_D, mask=m_D, other=0.0).to(tl.float32)
-        sum_JD *= gain_D[None, :]
-        if HAS_SHIFT:
-            shift_D = tl.load(p_shift + d_D, mask=m_D, other=0.0).to(tl.float32)
-            if HAS_FACTOR:
-                factor_J = tl.load(p_factor + row_J, mask=m_J, other=0.0)
-                sum_JD += factor_J[:, None] * shift_D[None, :]
-            else:
-                sum_JD += shift_D[None, :]
-        tl.store(p_gained + at_JD, sum_JD.to(p_gained.dtype.element_ty), mask=m_JD)
+        shift_D = tl.load(p_shift + d_D, mask=m_D, other=0.0).to(tl.float32)
+        gained_JD = sum_JD * gain_D[None, :] + shift_D[None, :]
+        tl.store(p_gained + at_JD, gained_JD.to(p_gained.dtype.element_ty), mask=m_JD)
 
 
 @triton.jit
@@ -202,18 +192,15 @@ def scores_sums(
     x_GNC: torch.Tensor,
     grads: ScoreGrads,
     mean_GN: torch.Tensor,
-    gain_C: torch.Tensor,
     num_heads: int,
     *,
     average_HRC: torch.Tensor | None = None,
-    shift_C: torch.Tensor | None = None,
-    factor_HR: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dA_HRC, da_HRC): dA = sum dS (x - mean), and da = dA gain (+ factor shift).
+) -> torch.Tensor:
+    """dA_HRC = sum dS (x - mean).
 
     The read gives the average, of which what dS sums to is taken off.
     """
-    sums_HRC, gained_HRC = _launch(
+    dA_HRC, _ = _launch(
         x_GNC,
         grads.scores,
         num_heads,
@@ -223,12 +210,9 @@ def scores_sums(
         moment=grads.moment,
         excess=None if average_HRC is None else grads.total,
         average_HRC=average_HRC,
-        gain_C=gain_C,
-        shift_C=shift_C,
-        factor_HR=factor_HR,
     )
-    assert sums_HRC is not None and gained_HRC is not None
-    return sums_HRC, gained_HRC
+    assert dA_HRC is not None
+    return dA_HRC
 
 
 def values_sums(
@@ -255,7 +239,6 @@ def _launch(
     average_HRC: torch.Tensor | None = None,
     gain_C: torch.Tensor | None = None,
     shift_C: torch.Tensor | None = None,
-    factor_HR: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     (groups, tokens, width), columns = x_GNC.shape, P_GNJ.shape[2]
     item, latents = x_GNC.element_size(), columns // num_heads
@@ -269,7 +252,6 @@ def _launch(
         mean_GN, most, total, moment, excess, average_HRC,
         None if gain_C is None else gain_C.contiguous(),
         None if shift_C is None else shift_C.contiguous(),
-        None if factor_HR is None else factor_HR.contiguous(),
         sums_HRC, gained_HRC,
     )  # fmt: skip
     with torch.cuda.device_of(x_GNC):  # Triton launches on the current device
@@ -288,8 +270,6 @@ def _launch(
             excess is not None,
             sums_HRC is not None,
             gained_HRC is not None,
-            shift_C is not None,
-            factor_HR is not None,
             x_GNC.dtype == torch.float32,
             block,
             block_j,

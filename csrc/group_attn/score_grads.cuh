@@ -1,0 +1,222 @@
+// What both backwards do with gradients of scores in the registers of a warp: 16 tokens, of which a
+// lane 4 r + q has r and r + 8, and columns 2 q and 2 q + 1 of every block of 8.
+#pragma once
+
+#include "group_attn/group_backward.h"
+#include "group_attn/token_scores.cuh"
+
+namespace snapkernels {
+
+constexpr float kLog2 = 0.6931471805599453f;  // scores are exponents of 2
+
+inline __host__ __device__ int sums_of_group(const GroupArguments& of) {
+  return (of.tokens + kScoreTokens - 1) / kScoreTokens * (kScoreTokens / kSumsTokens);
+}
+
+// By a warpgroup: the products of its 64 tokens with two slots of every step and, where wanted, the
+// sums of its tokens.
+template <bool kMoments>
+__device__ inline void make_both(Scores& first, Scores& second, TokenSums& sums,
+                                 TokenRings& rings, int width) {
+  const int thread = threadIdx.x % 128;
+  const uint32_t tokens = (threadIdx.x / 128 - 1) * 64 * kMatrixRow;  // of a tile
+  TokenRings read = rings;  // follows, to what the tensor cores are done with
+  const auto free_step = [&] {
+    if (thread % 32 == 0) phase_arrive(read.tiles.free());
+    read.tiles.next();
+    free_slot(read.slots, thread);
+    free_slot(read.slots, thread);
+  };
+  clear(first);
+  clear(second);
+#pragma unroll 1
+  for (int channel = 0; channel < width; channel += kScoreStep) {
+    rings.tiles.wait_full();
+    const uint32_t tile = rings.tiles.place() + tokens;
+    rings.tiles.next();
+    const auto multiply_step = [&](Scores& sum) {
+      rings.slots.wait_full();
+      const uint64_t slot = matrix_view(rings.slots.place());
+      rings.slots.next();
+      multiply_fence();
+#pragma unroll
+      for (int k = 0; k < kScoreStep / 16; ++k) {
+        multiply(sum, further(matrix_view(tile), 32 * k), further(slot, 32 * k));
+      }
+    };
+    multiply_step(first);
+    multiply_step(second);
+    multiply_commit();
+    if (kMoments) sums.add<4>(tile, thread / 2, thread % 2 * 4, channel == 0);
+    if (channel > 0) {
+      multiply_wait<1>();
+      free_step();
+    }
+  }
+  multiply_wait<0>();
+  settle(first);
+  settle(second);
+  free_step();
+}
+
+// By one thread: 64 channels of a tile, and how L2 is to hold them.
+template <typename Tiles>
+__device__ inline void copy_tile(Tiles& tiles, const CUtensorMap* patches, int channel, int token,
+                                 int group, uint64_t policy) {
+  tiles.wait_free();
+  phase_expect(tiles.full(), kTileBytes);
+  copy_box(tiles.place(), patches, channel, token, group, tiles.full(), policy);
+  tiles.next();
+}
+
+// An 8 x 8 matrix of which lane 4 r + q has two of row r: now two of column r.
+__device__ inline uint32_t transposed(uint32_t pair) {
+  uint32_t there;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(there) : "r"(pair));
+  return there;
+}
+
+// 16 x 8, added: rows r of `a` are of M (r + 8 are 0), with 2 q and 2 q + 1 of K, then 8 further;
+// pairs of K of column r are `b`.
+__device__ inline void multiply_small(float (&sum)[4], const uint32_t (&a)[2], uint32_t b0,
+                                      uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, "
+      "{%7, %8}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(0), "r"(a[1]), "r"(b0), "r"(b1));
+}
+
+// A warp's means, and 1 / rstd, as rows 0 and 1 of a product with its tokens, in two bfloat16 each.
+struct TokenRows {
+  uint32_t high[2], low[2];
+
+  __device__ explicit TokenRows(const Moments& moments) {
+    const int lane = threadIdx.x % 32, row = lane / 4, pair = 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float of[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float mean = __shfl_sync(~0u, moments.mean[i], 4 * (pair + e));
+        const float rstd = __shfl_sync(~0u, moments.rstd[i], 4 * (pair + e));
+        of[e] = (row == 0) * mean + (row == 1) * reciprocal_fast(rstd);
+      }
+      high[i] = bf16_pair(of[0], of[1]);
+      low[i] = bf16_pair(of[0] - bf16_low(high[i]), of[1] - bf16_high(high[i]));
+    }
+  }
+
+  // The sums over the warp's tokens of 8 columns of `grads`, of tokens r and r + 8.
+  __device__ void write_sums(uint32_t first, uint32_t second, float* to) const {
+    float sum[4] = {0, 0, 0, 0};
+    const uint32_t b0 = transposed(first), b1 = transposed(second);
+    multiply_small(sum, low, b0, b1);
+    multiply_small(sum, high, b0, b1);
+    const int lane = threadIdx.x % 32;
+    if (lane < 8) {
+      *reinterpret_cast<float2*>(to + lane / 4 * kGroupColumns + 2 * (lane % 4)) =
+          make_float2(sum[0], sum[1]);
+    }
+  }
+};
+
+// Where the sums over the tokens of a warp, of the tile from `tile_token` on, are.
+__device__ inline float* sums_of_warp(const GroupArguments& of, float* sums, int group,
+                                      int tile_token) {
+  const int64_t warp = tile_token / kSumsTokens + thread_again() / 32 - 4;
+  return sums + (static_cast<int64_t>(group) * sums_of_group(of) + warp) * 2 * kGroupColumns;
+}
+
+// Volatile, or the compiler would load many ahead.
+__device__ inline float4 load_line(uint32_t address) {
+  float4 line;
+  asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(line.x), "=f"(line.y), "=f"(line.z), "=f"(line.w)
+               : "r"(address)
+               : "memory");
+  return line;
+}
+
+// 16 bytes, under way from here on.
+__device__ inline uint4 load_ahead(const uint4* from) {
+  uint4 loaded;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
+               : "l"(from));
+  return loaded;
+}
+
+// A sum over the four lanes of a token.
+__device__ inline float over_row(float value) {
+  value += __shfl_xor_sync(~0u, value, 1);
+  return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+// A lane's sums for its token i of two, in shared memory, since registers are short: x of u over the
+// channels, with rstd in it, y of u times the normalised token. Volatile: what is set is made by
+// then, and what reads shared memory after it is not before it.
+struct LaneSums {
+  static constexpr int kBytes = 16 * 128 * kScoreConsumers;
+  uint32_t base;
+
+  __device__ explicit LaneSums(uint32_t base) : base(base) {}
+  __device__ uint32_t place(int i) const { return base + 16 * (thread_again() - 128) + 8 * i; }
+  __device__ float2 get(int i) const {
+    float2 sums;
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(sums.x), "=f"(sums.y)
+                 : "r"(place(i))
+                 : "memory");
+    return sums;
+  }
+  __device__ void set(int i, const float2& sums) const {
+    asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(place(i)), "f"(sums.x),
+                 "f"(sums.y)
+                 : "memory");
+  }
+  __device__ void clear() const {
+    set(0, {0, 0});
+    set(1, {0, 0});
+  }
+};
+
+// What LayerNorm's backward takes off u: of each token `constant` is added, and x times `slope`
+// taken off.
+struct TokenLines {
+  float constant[2], slope[2];
+
+  __device__ TokenLines(const LaneSums& sums, const Moments& moments, int width) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 found = sums.get(i);
+      slope[i] = moments.rstd[i] * over_row(found.y) / width;
+      constant[i] = moments.mean[i] * slope[i] - over_row(found.x) / width;
+    }
+  }
+};
+
+// Of 32 channels four lanes q have pairs from 8 b + 2 q on, b of 0 to 3: now they have those from
+// 8 q + 2 b on, 8 channels in a row. Its own inverse.
+__device__ inline uint4 exchanged(const uint4& pairs) {
+  const bool odd = threadIdx.x % 2, high = threadIdx.x % 4 / 2;
+  uint32_t w[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+  for (int two = 0; two < 4; two += 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? w[two] : w[two + 1], 1);
+    (odd ? w[two] : w[two + 1]) = other;
+  }
+#pragma unroll
+  for (int one = 0; one < 2; ++one) {
+    const uint32_t other = __shfl_xor_sync(~0u, high ? w[one] : w[one + 2], 2);
+    (high ? w[one] : w[one + 2]) = other;
+  }
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// Two channels of u in accumulators, with their token's line.
+__device__ inline float2 with_line(const float* pair, uint32_t x, float constant, float slope) {
+  return {fmaf(-slope, bf16_low(x), pair[0] + constant),
+          fmaf(-slope, bf16_high(x), pair[1] + constant)};
+}
+
+}  // namespace snapkernels
