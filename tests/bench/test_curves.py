@@ -106,7 +106,7 @@ def test_updates_below_a_bf16s_precision_are_not_lost(clip, monkeypatch):
 
 def test_a_run_writes_a_record_with_both_curves(on_the_cpu, tmp_path, capsys):
     target = tmp_path / "curves.json"
-    flags = ["--preset", "tiny", "--steps", "20", "--batch", "1", "--json", str(target)]
+    flags = ["--steps", "20", "--batch", "1", "--json", str(target)]
     assert curves.main(flags) == 0
     written = json.loads(target.read_text())
     assert record.problems(written) == []
@@ -189,7 +189,7 @@ def test_a_red_gate_is_the_exit_code(on_the_cpu, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(curves, "forward_process", other_noise)
     target = tmp_path / "curves.json"
-    flags = ["--preset", "tiny", "--steps", "20", "--batch", "1", "--json", str(target)]
+    flags = ["--steps", "20", "--batch", "1", "--json", str(target)]
     assert curves.main(flags) == 1
     assert "ours-fp32: no figure: the noise differs by" in capsys.readouterr().out
     ours, eager = json.loads(target.read_text())["rows"]
@@ -214,6 +214,6 @@ def test_bad_input_is_one_clear_line(arguments, message, capsys):
 
 def test_a_clip_that_is_not_there_is_one_clear_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(curves, "CLIP", tmp_path / "gone.mp4")
-    assert curves.main(["--preset", "tiny"]) == 2
+    assert curves.main([]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ") and "gone.mp4" in said
