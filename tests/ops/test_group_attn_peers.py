@@ -19,7 +19,8 @@ ELSEWHERE = "RuntimeError: No "  # viable backend, or available kernel
 
 @pytest.fixture(autouse=True)
 def not_compiled(monkeypatch):
-    """Compilation takes longer than all else here, and is PyTorch's to prove."""
+    """Compilation takes longer than all else here, and is PyTorch's to prove. A GPU is hidden."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(peers, "compiled_flex", lambda: flex_attention)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 

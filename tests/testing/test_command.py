@@ -105,6 +105,7 @@ def test_bench_writes_a_record(tmp_path, capsys, monkeypatch):
 
 
 def test_bench_times_a_sublayer_forward_backward_and_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
     monkeypatch.setattr(command.roofline, "measure_ceilings", lambda device: ceilings)
     target, case = tmp_path / "record.json", "layer/group_read/one-latent"
