@@ -328,7 +328,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch",
         nargs="+",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="videos at once; several allowed",
     )
@@ -344,7 +344,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--framerate", type=_positive_float, default=24.0, help="frames/s of the clip read"
     )
-    parser.add_argument("--repeats", type=_positive_int, help="default: 20 on a GPU, else 3")
+    parser.add_argument("--repeats", type=positive_int, help="default: 20 on a GPU, else 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     args = parser.parse_args(arguments)
     if args.json and args.json.is_dir():
@@ -354,7 +354,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A count among a command's arguments."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)

@@ -116,14 +116,15 @@ def _bench(args: argparse.Namespace) -> int:
     with load.watched():
         for op, case in chosen:
             for dtype in case.dtypes:
-                for direction in ("fwd", "bwd"):
+                for direction in bench.directions(op.spec):
                     found = bench.bench(
                         op, case, direction, dtype, device, ceilings, rounds=args.rounds
                     )
                     rows += found
                     for row in found:
                         print(_line(row), flush=True)
-            if not hasattr(torch.ops.snapkernels, op.spec.name) or rows[-1]["gate"] != "ok":
+            red = any(row["gate"] != "ok" for row in found if "peer" not in row)
+            if red or not hasattr(torch.ops.snapkernels, op.spec.name):
                 continue
             values = cases.make_values(op.spec, case, case.dtypes[0], device)
             backend = dispatch.choose(op.spec, None, values)
@@ -165,6 +166,8 @@ def _line(row: dict[str, Any]) -> str:
     line = "{} {:9.2f} {} ({:.2f}-{:.2f})".format(start, times[0], unit, *times[1:])
     if "tb_s" in row:
         line += f"  {row['tb_s']:.2f} TB/s  {row['pct_of_floor']:.0f} % of floor"
+    if "saved_gib" in row:
+        line += f"  {row['saved_gib']:.3f} GiB kept"
     if "pct_of_copy" in row:
         line += f"  {row['pct_of_copy']:.0f} % of a copy"
     return line

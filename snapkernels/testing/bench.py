@@ -14,10 +14,12 @@ import torch
 
 from snapkernels.dispatch import candidates, implementation
 from snapkernels.registry import Op
-from snapkernels.spec import Backend, Case
+from snapkernels.spec import Backend, Case, Spec
 from snapkernels.testing.cases import call, make_values, prepare
+from snapkernels.testing.contract import gradients_of
 from snapkernels.testing.cost import compulsory_bytes, floor_ms, flops
-from snapkernels.testing.proofs import gradients, judge, short, values
+from snapkernels.testing.memory import kept_bytes
+from snapkernels.testing.proofs import gradients, judge, judge_gradients, short, values
 from snapkernels.testing.timing import Timing
 
 COLD_BYTES = {"cuda": 200_000_000, "cpu": 1}  # four times the L2 of an H100
@@ -28,12 +30,21 @@ HOST_CALLS = {"op": 200, "layer": 40}
 
 
 class Variant(NamedTuple):
-    """One way to run a case: a name, and calls on sets of inputs of their own."""
+    """One way to run a case: a name, and calls on sets of inputs of their own.
+
+    `saved_gib` is what its forward keeps for its backward, where that was measured.
+    """
 
     name: str
     calls: list[Callable[[], Any]]
     gate: str
     peer: bool = False
+    saved_gib: float | None = None
+
+
+def directions(spec: Spec) -> tuple[str, ...]:
+    """What of an op is timed: of a sublayer forward and backward together too."""
+    return ("fwd", "bwd", "fwd_bwd") if spec.kind == "layer" else ("fwd", "bwd")
 
 
 def bench(
@@ -84,6 +95,8 @@ def bench(
                 "bytes": moved,
                 "tb_s": round(moved / timing.median / 1e9, 4),
             }
+            if variant.saved_gib is not None:
+                row["saved_gib"] = round(variant.saved_gib, 6)
             if "copy" in timings:
                 row["pct_of_copy"] = round(100 * timings["copy"].median / timing.median, 1)
         rows.append(row)
@@ -139,19 +152,38 @@ def _variants(
         if direction != "fwd" and not backend.differentiable:
             continue
         gate = _gate(partial(prove, spec, case, backend, dtype))
-        calls = [prepare(op, one, direction, backend.name) for one in sets] if gate == "ok" else []
-        yield Variant(backend.name, calls, gate)
-    if direction == "fwd" and device.type == "cuda":
-        yield from beside(op, case, dtype, sets)
+        yield _variant(op, backend.name, direction, sets, gate, backend.name)
+    if direction != "bwd" and device.type == "cuda":
+        yield from beside(op, case, direction, dtype, sets)
     if spec.moves:
         size = -(-moved // 2 // COPY_GRAIN) * COPY_GRAIN
         yield Variant("copy", [_copy(size, device) for _ in sets], "ok")
 
 
+def _variant(
+    op: Op,
+    name: str,
+    direction: str,
+    sets: list[tuple[Any, ...]],
+    gate: str,
+    backend: str | None,
+    *,
+    peer: bool = False,
+) -> Variant:
+    """`op` in `direction` on each of `sets`; without calls where the gate is red."""
+    if gate != "ok":
+        return Variant(name, [], gate, peer)
+    calls = [prepare(op, one, direction, backend) for one in sets]
+    saved_gib = None
+    if direction == "fwd_bwd" and sets[0][0].is_cuda:
+        saved_gib = kept_bytes(partial(call, op, sets[0], backend)) / 2**30
+    return Variant(name, calls, gate, peer, saved_gib)
+
+
 def beside(
-    op: Op, case: Case, dtype: torch.dtype, sets: list[tuple[Any, ...]]
+    op: Op, case: Case, direction: str, dtype: torch.dtype, sets: list[tuple[Any, ...]]
 ) -> Iterator[Variant]:
-    """The forward of `case` by torch.compile, where the spec has that, and by its peers."""
+    """`case` by torch.compile, where the spec has that, and by its peers: "fwd" or "fwd_bwd"."""
     spec = op.spec
     found: dict[str, Callable[..., Any] | str] = {}
     torch.compiler.reset()  # else a second shape is compiled for any shape, a ninth not at all
@@ -159,9 +191,8 @@ def beside(
         found["compile"] = torch.compile(implementation(spec.backend("eager")))
     for name, run in (found | dict(spec.peers)).items():
         other = _by_another(op, Backend(name=name, run=run))
-        gate = _gate(partial(_prove_other, other, case, dtype, sets[0]))
-        calls = [prepare(other, one, "fwd", None) for one in sets] if gate == "ok" else []
-        yield Variant(name, calls, gate, peer=name in spec.peers)
+        gate = _gate(partial(_prove_other, other, case, direction, dtype, sets[0]))
+        yield _variant(other, name, direction, sets, gate, None, peer=name in spec.peers)
 
 
 def _by_another(op: Op, other: Backend) -> Op:
@@ -173,11 +204,18 @@ def _by_another(op: Op, other: Backend) -> Op:
     return Op(op.spec, function)
 
 
-def _prove_other(other: Op, case: Case, dtype: torch.dtype, call_values: tuple[Any, ...]) -> None:
-    """Hold what is not a backend to the limits of eager PyTorch."""
-    with torch.no_grad():
-        result = call(other, call_values)
-    judge(other.spec, case, other.spec.backend("eager"), dtype, call_values, result)
+def _prove_other(
+    other: Op, case: Case, direction: str, dtype: torch.dtype, call_values: tuple[Any, ...]
+) -> None:
+    """Hold what is not a backend, its values or its gradients, to the limits of eager PyTorch."""
+    eager = other.spec.backend("eager")
+    if direction == "fwd":
+        with torch.no_grad():
+            result = call(other, call_values)
+        judge(other.spec, case, eager, dtype, call_values, result)
+    else:
+        of_other = partial(gradients_of, other, backend=None)
+        judge_gradients(other.spec, case, eager, dtype, of_other)
 
 
 def sets_needed(device: torch.device, moved: int) -> int:

@@ -1,12 +1,15 @@
 """The paper's models on a GPU: the gate of the bench, a training step, and its memory."""
 
+from dataclasses import replace
+
+import curves
 import pytest
 import torch
 from gate import gate
 from throughput import CLIP
 from workload import build_model, load_batch
 
-from snapvideo_core import PRESETS, Conditioning, SnapDiffusion, training_loss
+from snapvideo_core import FIT, PRESETS, Conditioning, SnapDiffusion, read_clip, training_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -47,3 +50,22 @@ def test_a_batch_gives_what_its_videos_give(gpu):
         fields = {name: value[63:] for name, value in vars(data.cond).items() if value is not None}
         alone, _ = model(data.x_sigma[63:], data.sigma[63:], Conditioning(**fields))
     torch.testing.assert_close(F[63:], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_the_curves_are_of_the_kernels_and_of_eager_and_start_alike(gpu):
+    config = replace(curves.SMALL, dropout=0.0)
+    clip = read_clip(
+        CLIP, frames=curves.CLIP_FRAMES, size=(config.height, config.width), framerate=25.0
+    )
+    torch.manual_seed(0)
+    initial = FIT(config).to(gpu)
+    ours, eager = (
+        curves.train(name, initial, torch.bfloat16, curves.batches(config, clip, 3, 2, gpu))
+        for name in curves.VARIANTS
+    )
+    kernel = "cuda" if torch.cuda.get_device_capability() == (9, 0) else "triton"
+    assert ours.backends["group_read"] == ours.backends["group_write"] == {kernel}
+    assert ours.backends.keys() == eager.backends.keys()
+    assert set().union(*eager.backends.values()) == {"eager"}
+    assert curves.noise_difference(config, 2, gpu) <= curves.NOISE_LIMIT
+    assert ours.losses == pytest.approx(eager.losses, rel=1e-2)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from snapkernels.registry import OPS
 from snapkernels.roofline import measure_ceilings
+from snapkernels.testing.bench import bench
 from snapkernels.testing.timing import measure
 
 pytestmark = pytest.mark.gpu
@@ -28,3 +30,16 @@ def test_ceilings_are_those_of_a_gpu(gpu):
     assert ceilings["bf16_tflop_s"] > 10
     if torch.cuda.get_device_capability() >= (8, 9):
         assert ceilings["fp8_tflop_s"] > 1.2 * ceilings["bf16_tflop_s"]
+
+
+@pytest.mark.parametrize("name", ["group_read", "group_write"])
+def test_forward_and_backward_are_timed_with_what_is_kept_between(name, gpu):
+    """Eager keeps keys, values and queries of every patch, the kernels none of them."""
+    op = OPS[name]
+    case = next(case for case in op.spec.cases if case.name == "three-tiles")
+    ceilings = {"copy_tb_s": 3.0, "bf16_tflop_s": 700.0}
+    rows = bench(op, case, "fwd_bwd", torch.bfloat16, gpu, ceilings, rounds=3)
+    timed = {row["variant"]: row for row in rows if row["gate"] == "ok"}
+    assert {"cuda-bf16", "triton-bf16", "eager-bf16", "compile-bf16"} <= timed.keys()
+    assert all(row["saved_gib"] > 0 and row["value"] > 0 for row in timed.values())
+    assert timed["cuda-bf16"]["saved_gib"] < timed["eager-bf16"]["saved_gib"]

@@ -104,16 +104,30 @@ def test_bench_writes_a_record(tmp_path, capsys, monkeypatch):
     assert command.main(["bench", "--case", "no such case"]) == 2
 
 
+def test_bench_times_a_sublayer_forward_backward_and_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    monkeypatch.setattr(command.roofline, "measure_ceilings", lambda device: ceilings)
+    target, case = tmp_path / "record.json", "layer/group_read/one-latent"
+    assert command.main(["bench", "--case", case, "--rounds", "1", "--json", str(target)]) == 0
+    written = json.loads(target.read_text())
+    assert record.problems(written) == []
+    timed = dict.fromkeys(row["case"] for row in written["rows"])
+    assert list(timed) == [f"{case}/{what}" for what in ("fwd", "bwd", "fwd_bwd", "call")]
+
+
 @pytest.mark.parametrize(("more", "code"), [({"peer": True}, 0), ({}, 1)])
-def test_a_red_peer_is_not_our_failure(more, code, monkeypatch):
+def test_a_red_peer_is_not_our_failure(more, code, monkeypatch, capsys):
     def rows(op, case, direction, *_, **__):
         row = {"case": op.spec.case_id(case, direction), "variant": "x-fp32", "gate": "ok"}
         timed = {"unit": "ms", "value": 1.0, "p20": 1.0, "p80": 1.0}
-        return [row | {"gate": "TypeError: no"} | more, row | timed | {"gate": "ok"}]
+        return [row | timed, row | {"gate": "TypeError: no"} | more]
 
     monkeypatch.setattr(command.roofline, "measure_ceilings", lambda device: {})
     monkeypatch.setattr(command.bench, "bench", rows)
-    assert command.main(["bench", "--case", "layer/feed_forward/odd"]) == code
+    assert command.main(["bench", "--case", "layer/group_write/one-latent"]) == code
+    # Nor does it keep the host time of a call from being measured.
+    assert ("/call " in capsys.readouterr().out) == (code == 0)
 
 
 @pytest.fixture

@@ -219,6 +219,32 @@ def test_bench_rows_are_gated_and_in_form():
     assert rows[-1]["pct_of_copy"] == 100
 
 
+def test_forward_and_backward_of_a_sublayer_are_timed_together():
+    op = OPS["group_write"]
+    case = next(case for case in op.spec.cases if case.name == "one-latent")
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    assert bench.directions(PATCHIFY) == ("fwd", "bwd")
+    assert bench.directions(op.spec) == ("fwd", "bwd", "fwd_bwd")
+    rows = {
+        direction: bench.bench(op, case, direction, torch.float32, CPU, ceilings, rounds=3)
+        for direction in bench.directions(op.spec)
+    }
+    (forward,), (backward,), (both,) = rows.values()
+    assert both["case"] == "layer/group_write/one-latent/fwd_bwd" and both["gate"] == "ok"
+    for field in ("floor", "bytes", "tflop"):
+        assert both[field] == pytest.approx(forward[field] + backward[field])
+    assert "saved_gib" not in both  # that is measured on a GPU
+
+
+def test_a_row_says_what_its_forward_keeps(monkeypatch):
+    kept = bench.Variant("eager", [lambda: None], "ok", saved_gib=0.0312341)
+    monkeypatch.setattr(bench, "_variants", lambda *_: iter([kept]))
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    op, case = OPS["patchify"], CASES["tail"]
+    (row,) = bench.bench(op, case, "fwd_bwd", torch.float32, CPU, ceilings, rounds=2)
+    assert row["saved_gib"] == 0.031234
+
+
 def test_a_wrong_backend_is_not_timed(monkeypatch):
     def red(*_):
         raise AssertionError("wrong on purpose")
@@ -238,7 +264,7 @@ def test_what_is_timed_beside_is_gated_and_what_cannot_be_timed_keeps_its_reason
     peers = {"good": eager, "wrong": shifted, "gone": "no.such.module:function"}
     op = Op(replace(PATCHIFY, peers=peers), OPS["patchify"].function)
     sets = [make_values(PATCHIFY, CASES["tail"], torch.float32, "cpu")]
-    found = list(bench.beside(op, CASES["tail"], torch.float32, sets))
+    found = list(bench.beside(op, CASES["tail"], "fwd", torch.float32, sets))
     assert [variant.gate for variant in found] == [
         "ok",
         "WrongError: not the reference, bit for bit",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from snapkernels.roofline import measure_ceilings, short_name
+from snapkernels.testing.memory import kept_bytes
 from snapkernels.testing.numerics import relative_rms
 from snapkernels.testing.timing import Timing, measure
 
@@ -45,3 +46,16 @@ def test_ceilings_of_this_machine_are_plausible():
     assert 1e-3 < ceilings["fp32_tflop_s"] < 100
     with pytest.raises(ValueError, match=r"got torch\.int8"):
         short_name(torch.int8)
+
+
+def test_what_a_forward_keeps_is_all_but_its_output_and_not_what_its_first_call_makes(monkeypatch):
+    held = {"bytes": 1000}
+
+    def forward():
+        held["bytes"] += 512 * (not calls) + 40 + 16
+        calls.append(0)
+        return torch.zeros(8)[:4].view(2, 2)  # 32 bytes of storage
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["bytes"])
+    assert kept_bytes(forward) == 40 + 16 - 32 and len(calls) == 2
