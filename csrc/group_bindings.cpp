@@ -97,8 +97,8 @@ void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor nor
 // What both backwards have in common, checked; `of` is.
 snapkernels::GroupGradArguments grad_arguments(const char* op, const Tensor& patches,
                                                const snapkernels::GroupArguments& of,
-                                               const Tensor& rows, const Tensor& weights, const Tensor& score_grads,
-                                               const Tensor& sums,
+                                               const Tensor& rows, const Tensor& weights,
+                                               const Tensor& score_grads, const Tensor& sums,
                                                const std::optional<Tensor>& out) {
   using torch::headeronly::ScalarType;
   const int64_t columns = static_cast<int64_t>(of.groups) * snapkernels::kGroupColumns;
@@ -119,8 +119,8 @@ snapkernels::GroupGradArguments grad_arguments(const char* op, const Tensor& pat
 
 void group_write_backward(Tensor patches, Tensor grad, Tensor absorbed, Tensor absorbed_sum,
                           Tensor score_bias, Tensor values, Tensor weights, Tensor mean,
-                          Tensor rstd, Tensor score_grads, Tensor sums, Tensor grad_sums, Tensor out,
-                          double eps) {
+                          Tensor rstd, Tensor score_grads, Tensor sums, Tensor grad_sums,
+                          Tensor out, double eps) {
   using torch::headeronly::ScalarType;
   if (patches.numel() == 0) return;
   constexpr const char* op = "group_write_backward";

@@ -1,9 +1,8 @@
 // The backward of absorbed cross-attention over the patches, as launches on raw pointers.
 //
-// With W the rows that P multiplies (of read the gradient at the average, of write the values), u of
-// a token P W + dS A (write: dS A), and LayerNorm behind it, dx = rstd (u - mean(u) - xn mean(u xn)).
-// What the sums over tokens are made of is written: P and dS, both with rstd where a token's x is
-// multiplied by them.
+// W are the rows that P multiplies: of read the gradient at the average, of write the values. With
+// u of a token P W + dS A (write: dS A), dx = rstd (u - mean(u) - xn mean(u xn)) as LayerNorm's
+// backward has it; dS, and P of read, have rstd in them.
 #pragma once
 
 #include "group_attn/group_attn.h"
@@ -25,10 +24,10 @@ struct GroupGradArguments {
 struct GroupWriteBackwardArguments {
   GroupArguments of;
   GroupGradArguments grads;
-  const float* score_bias;  // (groups, kGroupColumns)
-  const void* grad;         // dy: (groups, tokens, width)
+  const float* score_bias;   // (groups, kGroupColumns)
+  const void* grad;          // dy: (groups, tokens, width)
   const float *mean, *rstd;  // of the patches: (groups, tokens)
-  float* grad_sums;         // (groups, tiles, width): of dy, over each tile of kGroupBlock tokens
+  float* grad_sums;          // (groups, tiles, width): of dy, over tiles of kGroupBlock tokens
 };
 
 cudaError_t group_write_backward(const GroupWriteBackwardArguments& given, cudaStream_t stream);
@@ -36,7 +35,7 @@ cudaError_t group_write_backward(const GroupWriteBackwardArguments& given, cudaS
 struct GroupReadBackwardArguments {
   GroupArguments of;
   GroupGradArguments grads;
-  const float* rows_sum;      // (groups, kGroupColumns): W summed over the width
+  const float* rows_sum;  // (groups, kGroupColumns): W summed over the width
   // Likewise, of every column: log2 of the sum of 2^score, and the sum of P dP over all tokens.
   const float *log_sum, *delta;
   float2* lines;  // scratch: (groups, tokens), what dx has beside u: a constant, less x times one

@@ -1,7 +1,7 @@
 // group_read's backward, first pass over the patches: P again, dP = W xn^T and dS, to memory.
 //
 // The softmax is over tokens, and the forward kept what it divided by: so a score alone says its P.
-// As in group_write.cuh tokens are rows, of 64 in a warpgroup, and half of the columns are made at a
+// As in group_write.cuh tokens are rows, 64 of a warpgroup, and half of the columns are made at a
 // time; here both products, with A and with W, are of the same tile of x.
 #pragma once
 
@@ -14,6 +14,52 @@ using ReadLine = float4;
 
 constexpr int kReadGradsSums = TokenRings::bytes<ReadLine>();
 constexpr int kReadGradsShared = kReadGradsSums + LaneSums::kBytes;
+
+// By a warpgroup: the products of its 64 tokens with two slots of every step and, where wanted, the
+// sums of its tokens.
+template <bool kMoments>
+__device__ inline void make_both(Scores& first, Scores& second, TokenSums& sums,
+                                 TokenRings& rings, int width) {
+  const int thread = threadIdx.x % 128;
+  const uint32_t tokens = (threadIdx.x / 128 - 1) * 64 * kMatrixRow;  // of a tile
+  TokenRings read = rings;  // follows, to what the tensor cores are done with
+  const auto free_step = [&] {
+    if (thread % 32 == 0) phase_arrive(read.tiles.free());
+    read.tiles.next();
+    free_slot(read.slots, thread);
+    free_slot(read.slots, thread);
+  };
+  clear(first);
+  clear(second);
+#pragma unroll 1
+  for (int channel = 0; channel < width; channel += kScoreStep) {
+    rings.tiles.wait_full();
+    const uint32_t tile = rings.tiles.place() + tokens;
+    rings.tiles.next();
+    const auto multiply_step = [&](Scores& sum) {
+      rings.slots.wait_full();
+      const uint64_t slot = matrix_view(rings.slots.place());
+      rings.slots.next();
+      multiply_fence();
+#pragma unroll
+      for (int k = 0; k < kScoreStep / 16; ++k) {
+        multiply(sum, further(matrix_view(tile), 32 * k), further(slot, 32 * k));
+      }
+    };
+    multiply_step(first);
+    multiply_step(second);
+    multiply_commit();
+    if (kMoments) sums.add<4>(tile, thread / 2, thread % 2 * 4, channel == 0);
+    if (channel > 0) {
+      multiply_wait<1>();
+      free_step();
+    }
+  }
+  multiply_wait<0>();
+  settle(first);
+  settle(second);
+  free_step();
+}
 
 // P and dS of 32 columns from block `first` on of a lane's token i; their parts of its sums.
 __device__ inline void make_grads(uint32_t (&weights)[4], uint32_t (&grads)[4],

@@ -1,10 +1,10 @@
 // group_write's backward over the patches, in one pass: dP = W dy^T, dS, dx.
 //
 // As in group_write.cuh a warpgroup has 64 tokens, and half of the heads at a time. P, which the
-// forward kept, goes to registers and becomes dS, the left side of the last products, with A. dS also
-// goes to memory for the sum over tokens that the gradient of A is. The last products' tiles of x and
-// dy come through the ring as well. The two warps that copy nothing sum dy, for the bias of the
-// output.
+// forward kept, goes to registers and becomes dS, the left side of the last products, with A. dS
+// also goes to memory for the sum over tokens that the gradient of A is. The last products' tiles
+// of x and dy come through the ring as well. The two warps that copy nothing sum dy, for the bias
+// of the output.
 #pragma once
 
 #include "group_attn/score_grads.cuh"
@@ -18,8 +18,8 @@ constexpr int kWriteBackwardSums = TokenRings::bytes<float2>();
 constexpr int kWriteBackwardShared = kWriteBackwardSums + LaneSums::kBytes;
 static_assert(2 * kPatchStep == kScoreHalf && kPatchChannels == 2 * kScoreStep);
 
-// By one of two warps: the sums over the tokens of a tile of 16 channels from chunk `chunk` on. Not by
-// the tensor cores, which the products keep busy.
+// By one of two warps: the sums over the tokens of a tile of 16 channels from chunk `chunk` on. Not
+// by the tensor cores, which the products keep busy.
 __device__ inline void sum_tokens(uint32_t tile, int chunk, float* sums_of_tile) {
   const uint32_t lane = thread_again() % 32;
   uint32_t place = tile + swizzled(lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2);
@@ -120,10 +120,11 @@ __device__ inline void grads_of_head(HalfWeights& weights, const Scores& product
       sum[i].x = fmaf(bf16_low(weight), two.x, fmaf(bf16_high(weight), two.z, sum[i].x));
     }
   }
+#pragma unroll
   for (int i = 0; i < 2; ++i) sums.set(i, sum[i]);
 }
 
-// By the warpgroup that copies: what the scores take, then each half of dP, then the channels of dx.
+// By the warpgroup that copies: what each half of dP takes, then the channels of dx.
 __device__ inline void copy_and_sum(TokenRings& rings, const CUtensorMap* patches,
                                     const CUtensorMap* grad, const CUtensorMap* absorbed,
                                     const CUtensorMap* values,
@@ -325,7 +326,8 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
         multiply_wait<0>();
         settle(sum);
         free_slot(read, thread);
-        write_patches(sum, of_tokens, rings, given.of, given.grads.out, group, tile_token, channel);
+        write_patches(sum, of_tokens, rings, given.of, given.grads.out, group, tile_token,
+                      channel);
       }
     }
   }

@@ -1,8 +1,8 @@
 // group_read's backward, second pass: dx = P W + dS A, with what LayerNorm's backward takes off.
 //
-// A block has 128 tokens and 256 channels; the other of its cluster has the next 128 tokens, and each
-// copies half of W and of A for both. Columns of P and dS are in order, and so are rows of W and A as
-// they are copied. What is wanted of x is on its way to registers while the tensor cores multiply.
+// A block has 128 tokens and 256 channels; the other of its cluster has the next 128 tokens, and
+// each copies half of W and of A for both. Columns of P and dS are in order, and so are rows of W
+// and A as they are copied. What is wanted of x is on its way while the tensor cores multiply.
 #pragma once
 
 #include "group_attn/score_grads.cuh"

@@ -13,52 +13,6 @@ inline __host__ __device__ int sums_of_group(const GroupArguments& of) {
   return (of.tokens + kScoreTokens - 1) / kScoreTokens * (kScoreTokens / kSumsTokens);
 }
 
-// By a warpgroup: the products of its 64 tokens with two slots of every step and, where wanted, the
-// sums of its tokens.
-template <bool kMoments>
-__device__ inline void make_both(Scores& first, Scores& second, TokenSums& sums,
-                                 TokenRings& rings, int width) {
-  const int thread = threadIdx.x % 128;
-  const uint32_t tokens = (threadIdx.x / 128 - 1) * 64 * kMatrixRow;  // of a tile
-  TokenRings read = rings;  // follows, to what the tensor cores are done with
-  const auto free_step = [&] {
-    if (thread % 32 == 0) phase_arrive(read.tiles.free());
-    read.tiles.next();
-    free_slot(read.slots, thread);
-    free_slot(read.slots, thread);
-  };
-  clear(first);
-  clear(second);
-#pragma unroll 1
-  for (int channel = 0; channel < width; channel += kScoreStep) {
-    rings.tiles.wait_full();
-    const uint32_t tile = rings.tiles.place() + tokens;
-    rings.tiles.next();
-    const auto multiply_step = [&](Scores& sum) {
-      rings.slots.wait_full();
-      const uint64_t slot = matrix_view(rings.slots.place());
-      rings.slots.next();
-      multiply_fence();
-#pragma unroll
-      for (int k = 0; k < kScoreStep / 16; ++k) {
-        multiply(sum, further(matrix_view(tile), 32 * k), further(slot, 32 * k));
-      }
-    };
-    multiply_step(first);
-    multiply_step(second);
-    multiply_commit();
-    if (kMoments) sums.add<4>(tile, thread / 2, thread % 2 * 4, channel == 0);
-    if (channel > 0) {
-      multiply_wait<1>();
-      free_step();
-    }
-  }
-  multiply_wait<0>();
-  settle(first);
-  settle(second);
-  free_step();
-}
-
 // By one thread: 64 channels of a tile, and how L2 is to hold them.
 template <typename Tiles>
 __device__ inline void copy_tile(Tiles& tiles, const CUtensorMap* patches, int channel, int token,
@@ -80,8 +34,9 @@ __device__ inline uint32_t transposed(uint32_t pair) {
 // pairs of K of column r are `b`.
 __device__ inline void multiply_small(float (&sum)[4], const uint32_t (&a)[2], uint32_t b0,
                                       uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, "
-      "{%7, %8}, {%0, %1, %2, %3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+      "{%4, %5, %6, %5}, {%7, %8}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(0), "r"(a[1]), "r"(b0), "r"(b1));
 }
@@ -152,9 +107,9 @@ __device__ inline float over_row(float value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// A lane's sums for its token i of two, in shared memory, since registers are short: x of u over the
-// channels, with rstd in it, y of u times the normalised token. Volatile: what is set is made by
-// then, and what reads shared memory after it is not before it.
+// A lane's sums for its token i of two, in shared memory, since registers are short: x of u over
+// the channels, with rstd in it, y of u times the normalised token. Volatile: what is set is made
+// by then, and what reads shared memory after it is not before it.
 struct LaneSums {
   static constexpr int kBytes = 16 * 128 * kScoreConsumers;
   uint32_t base;

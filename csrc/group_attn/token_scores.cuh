@@ -157,7 +157,7 @@ __device__ inline int token_of_lane() {
   return (thread / 32 - 4) * 16 + thread % 32 / 4;
 }
 
-// Where the tokens of a lane, of the tile from `tile_token` on, have their first 16 bytes of P or dS.
+// Where a lane's tokens, of the tile from `tile_token` on, have their first 16 bytes of P or dS.
 __device__ inline int64_t weights_of_lane(const GroupArguments& of, int group, int tile_token) {
   const int64_t token = static_cast<int64_t>(group) * of.tokens + tile_token + token_of_lane();
   return token * (kGroupColumns / 8) + thread_again() % 4;
@@ -174,8 +174,9 @@ __device__ inline void write_half(const HalfWeights& weights, void* all, int hal
     if (8 * i >= left) break;
 #pragma unroll
     for (int v = 0; v < kScoreHalf / 32; ++v) {
-      store_once(to + i * 8 * (kGroupColumns / 8) + 4 * v, make_uint4(
-          weights[2 * v][i], weights[2 * v][2 + i], weights[2 * v + 1][i], weights[2 * v + 1][2 + i]));
+      store_once(to + i * 8 * (kGroupColumns / 8) + 4 * v,
+                 make_uint4(weights[2 * v][i], weights[2 * v][2 + i], weights[2 * v + 1][i],
+                            weights[2 * v + 1][2 + i]));
     }
   }
 }

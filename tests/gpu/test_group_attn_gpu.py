@@ -110,6 +110,29 @@ def test_a_thousand_backwards_are_equal_in_every_bit(spec, gpu):
 
 
 @pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
+def test_a_gradient_may_start_anywhere(spec, gpu):
+    call = upsampler(spec, groups=2)
+    values = tuple(call.values())
+    _, *saved = saving(spec.backend("cuda"))(*values)
+    backward, needs = backward_of(spec.backend("cuda")), needed(spec, values)
+    grad = torch.randn_like(values[0])
+    odd = torch.empty(grad.numel() + 1, dtype=grad.dtype, device="cuda")[1:].view(grad.shape)
+    odd.copy_(grad)
+    assert odd.data_ptr() % 16
+    expected, found = (backward(needs, one, *saved, *values) for one in (grad, odd))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
+def test_a_token_that_is_not_a_number_is_in_the_gradients(spec, gpu):
+    call = upsampler(spec, groups=2)
+    call["patches"][0, 1, 4000, 7] = float("nan")
+    grads = dict(zip(list(spec.inputs)[:2], gradients(spec, "cuda", call), strict=False))
+    assert grads["patches"][0, 0].isfinite().all() and grads["patches"][0, 1, 4000].isnan().all()
+    assert grads["latents"][0, 0].isfinite().all() and grads["latents"][0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)
 def test_a_backward_is_captured_in_a_cuda_graph(spec, gpu):
     call = upsampler(spec, groups=4)
     expected = gradients(spec, "cuda", call)

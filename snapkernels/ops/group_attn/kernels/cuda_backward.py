@@ -54,6 +54,8 @@ def _write(
     num_heads: int,
     eps: float,
 ) -> WriteGrads:
+    if dy_GND.data_ptr() % config.VECTOR:
+        dy_GND = dy_GND.clone()
     dS_GNJ, sums = _empty(x_GND, A.sums)
     tiles = sums.shape[1] * config.CUDA_SUMS_TOKENS // config.CUDA_READ_TOKENS
     dy_sums = A.sums.new_empty(len(x_GND) * tiles, x_GND.shape[2])
