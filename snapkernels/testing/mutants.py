@@ -112,6 +112,8 @@ def compiled(spec: Spec, mutant: Mutant) -> Path:
         for part in NEEDED_TO_BUILD:
             copy = shutil.copytree if (root / part).is_dir() else shutil.copy
             copy(root / part, folder / part)
+        if (root / "build" / "cuda").is_dir():  # of that only what the bug changes is built again
+            shutil.copytree(root / "build" / "cuda", folder / "build" / "cuda")
         (folder / "csrc" / str(mutant.file)).write_text(changed)
         for bindings in (folder / "csrc").glob("*bindings.cpp"):
             bindings.write_text(bindings.read_text().replace("snapkernels_cuda", library.stem))
