@@ -4,6 +4,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
+# Small tensors: a second thread mostly waits, and waits long on a machine that is busy. NumPy reads
+# it when it is imported, and the programs that tests start have it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -13,7 +17,6 @@ if not torch.cuda.is_available():
 
 from snapkernels.testing import stamp
 
-# Small tensors: a second thread mostly waits, and waits long on a machine that is busy.
 torch.set_num_threads(1)
 
 
@@ -52,6 +55,18 @@ def pytest_runtest_teardown(item):
     """What a test leaves cached of the GPU's memory is another process's to take."""
     if item.get_closest_marker("gpu"):
         torch.cuda.empty_cache()
+
+
+def pytest_sessionfinish(session):
+    """Under xdist every worker collects all tests, and the process that reports collects none."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["lacking"] = dict(session.config.lacking)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    if hasattr(node, "workeroutput"):  # not if it crashed
+        node.config.lacking = Counter(node.workeroutput["lacking"])
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -45,7 +45,7 @@ class Report(NamedTuple):
         registers: of a thread.
         stack, shared: bytes of stack, of shared memory.
         products: whether it multiplies matrices.
-        instructions: that its machine code has.
+        instructions: that its machine code has; of a case that wants some.
     """
 
     kernel: str
@@ -57,8 +57,8 @@ class Report(NamedTuple):
 
 
 @cache
-def reports() -> dict[str, list[Report]]:
-    """{"<op> <case> <dtype> <target>": a report of each launch} of every Triton case.
+def reports(family: str) -> dict[str, list[Report]]:
+    """{"<op> <case> <dtype> <target>": a report of each launch} of every Triton case of a family.
 
     Paper cases are compiled for every target, the small ones of the cpu tier for the first.
 
@@ -67,7 +67,7 @@ def reports() -> dict[str, list[Report]]:
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "snapkernels.testing.aot"],
+        [sys.executable, "-m", "snapkernels.testing.aot", family],
         capture_output=True,
         text=True,
         env=environment,
@@ -76,6 +76,11 @@ def reports() -> dict[str, list[Report]]:
         raise RuntimeError(f"ahead-of-time compilation failed: {done.stderr[-2000:]}")
     found = json.loads(done.stdout)
     return {key: [Report(*fields) for fields in launches] for key, launches in found.items()}
+
+
+def family_of(spec: Spec) -> str:
+    """The folder of `spec` in `snapkernels.ops`: its ops launch many of the same kernels."""
+    return OPS[spec.name].function.__module__.split(".")[-2]
 
 
 def cases(spec: Spec) -> list[Case]:
@@ -92,6 +97,11 @@ def takes(spec: Spec, case: Case, dtype: torch.dtype) -> bool:
 def targets(case: Case) -> tuple[str, ...]:
     """What `case` is compiled for."""
     return tuple(TARGETS)[: len(TARGETS) if case.tier == "paper" else 1]
+
+
+def wants(spec: Spec, case: Case, target: str) -> tuple[str, ...]:
+    """The instructions that the kernels of `case` must have."""
+    return spec.sass.get(target, ()) if case.tier == "paper" else ()
 
 
 def key(op: str, case: str, dtype: torch.dtype, target: str) -> str:
@@ -123,18 +133,19 @@ def faults(
     return found
 
 
-def _all_reports() -> dict[str, list[Report]]:
+def _all_reports(family: str) -> dict[str, list[Report]]:
     found = {}
-    for spec in (op.spec for op in OPS.values()):
+    for spec in (op.spec for op in OPS.values() if family_of(op.spec) == family):
         if all(backend.name != "triton" for backend in spec.backends):
             continue
         for case in cases(spec):
             for dtype in (one for one in case.dtypes if takes(spec, case, one)):
                 values = make_values(spec, case, dtype, "meta")
-                run = partial(_both_ways, spec, spec.backend("triton"), values)
+                launches = _launches(partial(_both_ways, spec, spec.backend("triton"), values))
                 for target in targets(case):
+                    read = bool(wants(spec, case, target))
                     found[key(spec.name, case.name, dtype, target)] = [
-                        _compile(launch, target) for launch in _launches(run)
+                        _compile(launch, target, instructions=read) for launch in launches
                     ]
     return found
 
@@ -167,8 +178,13 @@ def _launches(call: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     return found
 
 
-def _compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], target: str) -> Report:
-    """Compile as Triton's own launch would: 1 is a constant, multiples of 16 are known to be."""
+def _compile(
+    launch: tuple[Any, tuple[Any, ...], dict[str, Any]], target: str, *, instructions: bool
+) -> Report:
+    """Compile as Triton's own launch would: 1 is a constant, multiples of 16 are known to be.
+
+    Its machine code is taken apart, which takes as long, only where `instructions` are asked for.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -192,21 +208,26 @@ def _compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], target: str) -
     if same not in _COMPILED:
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, GPUTarget("cuda", int(target[3:]), 32), options)
-        _COMPILED[same] = _read(kernel.__name__, compiled)
-    return _COMPILED[same]
+        cubin = compiled.asm["cubin"]
+        usage = resources(_dump("--dump-resource-usage", cubin))
+        shared, products = compiled.metadata.shared, "tt.dot" in compiled.asm["ttir"]
+        report = Report(kernel.__name__, *usage[0], shared, products, [])
+        _COMPILED[same] = cubin, report
+    cubin, report = _COMPILED[same]
+    if instructions and not report.instructions:
+        found = _INSTRUCTION.findall(_dump("--dump-sass", cubin))
+        report.instructions.extend(sorted(set(found)))
+    return report
 
 
-_COMPILED: dict[str, Report] = {}
+_COMPILED: dict[str, tuple[bytes, Report]] = {}
 
 
-def _read(kernel: str, compiled: Any) -> Report:
+def _dump(option: str, cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        usage, code = dump("--dump-resource-usage", path), dump("--dump-sass", path)
-    shared, products = compiled.metadata.shared, "tt.dot" in compiled.asm["ttir"]
-    instructions = sorted(set(_INSTRUCTION.findall(code)))
-    return Report(kernel, *resources(usage)[0], shared, products, instructions)
+        path.write_bytes(cubin)
+        return dump(option, path)
 
 
 def resources(usage: str) -> list[tuple[int, int]]:
@@ -229,4 +250,4 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]
 if __name__ == "__main__":
     import snapkernels  # noqa: F401, the ops enter the registry
 
-    print(json.dumps(_all_reports()))
+    print(json.dumps(_all_reports(sys.argv[1])))

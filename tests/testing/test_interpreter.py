@@ -54,3 +54,17 @@ def test_products_of_narrow_operands_accumulate_in_float32(dtype, rng):
     product_kernel[(1,)](a, b, c, 32)
     exact = a.double() @ b.double()
     assert (c - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("package", [tl, tl.core, tl.math, tl.tensor], ids=str)
+def test_what_is_patched_is_what_the_shipped_interpreter_patches(package):
+    from snapkernels import interpreter
+
+    class Scope(dict):
+        def set_attr(self, obj, name, value):
+            self[name] = obj
+
+    ours, shipped = Scope(), Scope()
+    interpreter._patch_builtin(package, None, ours)
+    interpreter._shipped_patch_builtin(package, None, shipped)
+    assert ours == shipped and len(interpreter._BUILTINS[package]) > 5
