@@ -120,7 +120,8 @@ def test_a_gradient_may_start_anywhere(spec, gpu):
     odd.copy_(grad)
     assert odd.data_ptr() % 16
     expected, found = (backward(needs, one, *saved, *values) for one in (grad, odd))
-    assert all(map(torch.equal, found, expected))
+    for one, other in zip(found, expected, strict=True):  # cuBLAS goes by the address
+        assert torch.equal(one, other) or relative_rms(one, other) < 2**-7
 
 
 @pytest.mark.parametrize("spec", [READ, WRITE], ids=lambda spec: spec.name)

@@ -10,7 +10,7 @@ from snapkernels import dispatch, env, extension
 from snapkernels.dispatch import choose, explain
 from snapkernels.registry import OPS, Op, op
 from snapkernels.spec import Mutant
-from snapkernels.testing import aot, bench, cost, proofs
+from snapkernels.testing import aot, bench, contract, cost, proofs
 from snapkernels.testing.cases import all_ids, find, make_values
 from snapkernels.testing.memory import nan_filled
 from snapkernels.testing.mutants import planted
@@ -62,6 +62,31 @@ def test_a_small_case_that_is_near_its_limit_is_judged_by_more_draws(typical, ri
     else:
         with pytest.raises(proofs.NearError):
             judged(torch.float32)
+
+
+@pytest.mark.parametrize(("typical", "right"), [(0.9, True), (2, False)])
+def test_a_gradient_that_is_near_its_limit_is_judged_by_more_draws(typical, right, monkeypatch):
+    """Gradients half as exact as eager's on the first draw, and `typical` times it on others."""
+    monkeypatch.setitem(proofs.AS_GOOD, torch.float32, 1)
+    write = OPS["group_write"]
+    case = next(case for case in write.spec.cases if case.name == "odd")
+    first = make_values(write.spec, case, torch.float32, "cpu")
+
+    def gradients_of(call):
+        exact = contract.gradients_of(write, widened(call), "reference")
+        times = 2 if torch.equal(call[0], first[0]) else typical
+        return tuple(
+            (wide + times * (one - wide)).float()
+            for one, wide in zip(contract.gradients_of(write, call, "eager"), exact, strict=True)
+        )
+
+    other = replace(write.spec.backend("eager"), name="other")
+    judged = partial(proofs.judge_gradients, write.spec, case, other, torch.float32, gradients_of)
+    if right:
+        judged()
+    else:
+        with pytest.raises(proofs.NearError):
+            judged()
 
 
 def test_a_backend_may_refuse_a_large_case_only_if_it_would_decline_it():

@@ -311,6 +311,7 @@ def values(
         x_strides=(channels, inner),
         weight_strides=(channels, inner),
         y_strides=(latents * width, num_heads * latents * width, width),
+        in_order=in_order,
     )
     return C_GJD
 

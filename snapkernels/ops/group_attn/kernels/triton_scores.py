@@ -389,13 +389,24 @@ def read_scores(
     return ReadScores(P_GNJ, mean_GN, rstd_GN, most, total, moment, blocks.tokens)
 
 
+def joined(scores: ReadScores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(power (G, blocks, J), total (G, J), most (G, J)) of all tokens' softmax.
+
+    most is the largest score and total the sum of 2^(score - most), 0 and 1 where none can be read;
+    power is 2^(most of the block - most).
+    """
+    most_GJ = scores.most.amax(1)
+    # -inf - -inf would be NaN: where nothing can be read the power is 0.
+    most_GJ = torch.where(most_GJ == -torch.inf, 0.0, most_GJ)
+    power = torch.exp2(scores.most - most_GJ[:, None])
+    total_GJ = (scores.total * power).sum(1)
+    return power, torch.where(total_GJ == 0, 1.0, total_GJ), most_GJ
+
+
 def log_sums(scores: ReadScores) -> torch.Tensor:
     """(G, J) log2 of the sum over all tokens of 2^score, 0 where none can be read."""
-    most_GJ = scores.most.amax(1)
-    # -inf - -inf would be NaN: where nothing can be read the total is 0.
-    most_GJ = torch.where(most_GJ == -torch.inf, 0.0, most_GJ)
-    total_GJ = (scores.total * torch.exp2(scores.most - most_GJ[:, None])).sum(1)
-    return most_GJ + torch.where(total_GJ == 0, 1.0, total_GJ).log2()
+    _, total_GJ, most_GJ = joined(scores)
+    return most_GJ + total_GJ.log2()
 
 
 def write_scores(
