@@ -34,13 +34,6 @@ def normed_grads(
     )
 
 
-def projection_grads(
-    grad_RI: torch.Tensor, rows_RD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of a projection's weight and bias, summed in float32."""
-    return grad_RI.T @ rows_RD, sums(grad_RI).to(grad_RI.dtype)
-
-
 def sums(rows_RI: torch.Tensor) -> torch.Tensor:
     """Over the rows, in float32."""
     if rows_RI.is_cuda and rows_RI.element_size() == 2:  # 5 us of 768 rows, a sum takes 12 to 20
