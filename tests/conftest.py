@@ -1,6 +1,7 @@
 """Test tiers (cpu, gpu), the ledger of what could not run here, and the stamp of a GPU run."""
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,8 @@ if not torch.cuda.is_available():
 from snapkernels.testing import stamp
 
 torch.set_num_threads(1)
+ROOM = 20 * 2**30  # bytes
+MOST_WAIT = 60  # seconds: a test that another process leaves no room runs all the same
 
 
 def pytest_addoption(parser):
@@ -49,6 +52,14 @@ def pytest_collection_modifyitems(config, items):
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = here
+
+
+def pytest_runtest_setup(item):
+    """Beside other workers a test waits for the memory that most of the large ones take."""
+    if item.get_closest_marker("gpu") and "PYTEST_XDIST_WORKER" in os.environ:
+        until = time.monotonic() + MOST_WAIT
+        while torch.cuda.mem_get_info()[0] < ROOM and time.monotonic() < until:
+            time.sleep(0.2)
 
 
 def pytest_runtest_teardown(item):

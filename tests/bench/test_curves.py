@@ -63,7 +63,7 @@ def given_to(name, clip, monkeypatch, steps=2):
     torch.manual_seed(curves.SEED)
     initial = FIT(TINY)
     batches = curves.batches(TINY, clip, steps, 2, CPU)
-    curve = curves.train(name, initial, torch.float32, batches)
+    curve = curves.train(name, initial, torch.float32, batches, steps)
     monkeypatch.setattr(curves, "training_loss", whole)
     assert len(found) == len(curve.losses) == steps
     return found
@@ -97,11 +97,17 @@ def test_updates_below_a_bf16s_precision_are_not_lost(clip, monkeypatch):
         return whole(model, *given, **more)
 
     monkeypatch.setattr(curves, "training_loss", noted)
-    curves.train("ours", initial, torch.bfloat16, curves.batches(TINY, clip, 8, 1, CPU))
+    curves.train("ours", initial, torch.bfloat16, curves.batches(TINY, clip, 8, 1, CPU), 8)
     after = seen[0]
     assert after.dtype == torch.bfloat16 and torch.equal(initial.head.weight, before)
     large = before.abs() > 0.1  # one step is less than half of a unit in the last place there
     assert large.any() and (after[large] != before[large].bfloat16()).any()
+
+
+def test_the_rate_rises_and_falls_to_nothing():
+    rates = [curves.rate(step, 500) for step in range(500)]
+    assert rates[0] == pytest.approx(1 / 25) and max(rates) == rates[24] > 0.99
+    assert rates[24:] == sorted(rates[24:], reverse=True) and rates[-1] < 1e-4
 
 
 def test_a_run_writes_a_record_with_both_curves(on_the_cpu, tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_the_curves_are_of_the_kernels_and_of_eager_and_start_alike(gpu):
     torch.manual_seed(0)
     initial = FIT(config).to(gpu)
     ours, eager = (
-        curves.train(name, initial, torch.bfloat16, curves.batches(config, clip, 3, 2, gpu))
+        curves.train(name, initial, torch.bfloat16, curves.batches(config, clip, 3, 2, gpu), 3)
         for name in curves.VARIANTS
     )
     kernel = "cuda" if torch.cuda.get_device_capability() == (9, 0) else "triton"
