@@ -32,7 +32,7 @@ from snapkernels.ops.group_attn.kernels.triton_scores import (
     Scores,
     channels_at_once,
     columns,
-    joined,
+    of_all_blocks,
     place,
     products,
     scaled,
@@ -308,7 +308,7 @@ def read_score_grads(
     (groups, tokens, width), columns_ = x_GNC.shape, W.rows.shape[1]
     blocks = _blocks(x_GNC, columns_, num_heads)
     tiles, parts = scores.most.shape[1], triton.cdiv(num_heads, blocks.heads)
-    power, total_GJ, _ = joined(scores)
+    power, total_GJ, _ = of_all_blocks(scores)
     share = power / total_GJ[:, None]  # 2^(most - log_sum), but for what the logarithm rounds
     grads = _empty(x_GNC, W.sums, scores.P, parts, tiles, blocks.tokens)
     with torch.cuda.device_of(x_GNC):  # Triton launches on the current device

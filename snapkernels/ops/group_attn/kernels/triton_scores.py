@@ -389,7 +389,7 @@ def read_scores(
     return ReadScores(P_GNJ, mean_GN, rstd_GN, most, total, moment, blocks.tokens)
 
 
-def joined(scores: ReadScores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def of_all_blocks(scores: ReadScores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(power (G, blocks, J), total (G, J), most (G, J)) of all tokens' softmax.
 
     most is the largest score and total the sum of 2^(score - most), 0 and 1 where none can be read;
@@ -405,7 +405,7 @@ def joined(scores: ReadScores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def log_sums(scores: ReadScores) -> torch.Tensor:
     """(G, J) log2 of the sum over all tokens of 2^score, 0 where none can be read."""
-    _, total_GJ, most_GJ = joined(scores)
+    _, total_GJ, most_GJ = of_all_blocks(scores)
     return most_GJ + total_GJ.log2()
 
 
