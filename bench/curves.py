@@ -64,7 +64,7 @@ KERNELS = {"cuda", "triton"}
 CLIP_FRAMES, FRAMERATE = 64, 25.0  # all of the clip
 SEED = 0
 # As the paper trains: warmed up, then a cosine to 0, and gradients clipped. At a constant rate
-# without a clip the loss jumps, and trainings that differ by roundings are 7 % apart in the end.
+# without a clip the loss jumps, and trainings that differ by roundings come up to 10 % apart.
 LEARNING_RATE = 3e-4  # at the most
 WARMUP = 0.05  # of the steps
 MOST_GRADIENT = 1.0  # norm of all

@@ -88,8 +88,8 @@ __device__ inline float2 add_blocks(AverageTotals& totals, const GroupReadArgume
   return {__shfl_sync(~0u, most, lane), __shfl_sync(~0u, most, lane + 16)};
 }
 
-// Rows are the latents of the average, without LayerNorm's weight and bias if not `kGained`. What it
-// starts from is made again, not kept: the products leave 32 registers for all else.
+// Rows are the latents of the average, without LayerNorm's weight and bias if not `kGained`. What
+// it starts from is made again, not kept: the products leave 32 registers for all else.
 template <int kLatents, bool kGained>
 __device__ inline void write_average(const Accumulators<16> (&sum)[2], const AverageTotals& totals,
                                      const GroupReadArguments& given, int group, int channel) {

@@ -15,52 +15,6 @@ using ReadLine = float4;
 constexpr int kReadGradsSums = TokenRings::bytes<ReadLine>();
 constexpr int kReadGradsShared = kReadGradsSums + LaneSums::kBytes;
 
-// By a warpgroup: the products of its 64 tokens with two slots of every step and, where wanted, the
-// sums of its tokens.
-template <bool kMoments>
-__device__ inline void make_both(Scores& first, Scores& second, TokenSums& sums,
-                                 TokenRings& rings, int width) {
-  const int thread = threadIdx.x % 128;
-  const uint32_t tokens = (threadIdx.x / 128 - 1) * 64 * kMatrixRow;  // of a tile
-  TokenRings read = rings;  // follows, to what the tensor cores are done with
-  const auto free_step = [&] {
-    if (thread % 32 == 0) phase_arrive(read.tiles.free());
-    read.tiles.next();
-    free_slot(read.slots, thread);
-    free_slot(read.slots, thread);
-  };
-  clear(first);
-  clear(second);
-#pragma unroll 1
-  for (int channel = 0; channel < width; channel += kScoreStep) {
-    rings.tiles.wait_full();
-    const uint32_t tile = rings.tiles.place() + tokens;
-    rings.tiles.next();
-    const auto multiply_step = [&](Scores& sum) {
-      rings.slots.wait_full();
-      const uint64_t slot = matrix_view(rings.slots.place());
-      rings.slots.next();
-      multiply_fence();
-#pragma unroll
-      for (int k = 0; k < kScoreStep / 16; ++k) {
-        multiply(sum, further(matrix_view(tile), 32 * k), further(slot, 32 * k));
-      }
-    };
-    multiply_step(first);
-    multiply_step(second);
-    multiply_commit();
-    if (kMoments) sums.add<4>(tile, thread / 2, thread % 2 * 4, channel == 0);
-    if (channel > 0) {
-      multiply_wait<1>();
-      free_step();
-    }
-  }
-  multiply_wait<0>();
-  settle(first);
-  settle(second);
-  free_step();
-}
-
 // P and dS of 32 columns from block `first` on of a lane's token i; their parts of its sums.
 __device__ inline void make_grads(uint32_t (&weights)[4], uint32_t (&grads)[4],
                                   const Scores& scores, const Scores& products, int first, int i,
@@ -153,13 +107,13 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
       Moments moments;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Scores scores, products;
+        Scores both[2];  // with A, with W
         TokenSums of_tokens;
         if (half == 0) {
-          make_both<true>(scores, products, of_tokens, rings, width);
+          make_scores<true>(both, of_tokens, rings, width);
           moments = moments_of_rows(of_tokens, width, given.of.eps);
         } else {
-          make_both<false>(scores, products, of_tokens, rings, width);
+          make_scores<false>(both, of_tokens, rings, width);
         }
         if (tile_token >= given.of.tokens) continue;
 #pragma unroll
@@ -168,7 +122,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             uint32_t weights[4];
-            make_grads(weights, grads[i], scores, products, 4 * v, i, moments,
+            make_grads(weights, grads[i], both[0], both[1], 4 * v, i, moments,
                        base + TokenRings::kLinesAt + half * kScoreHalf * sizeof(ReadLine), sums);
             const int64_t at = weights_of_lane(given.of, group, tile_token) +
                                half * kScoreHalf / 8 + i * 8 * (kGroupColumns / 8) + 4 * v;

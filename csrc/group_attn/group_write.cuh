@@ -14,10 +14,6 @@
 
 namespace snapkernels {
 
-constexpr int kWriteChannels = 128;                            // of a product
-constexpr int kWriteStep = kSlotBytes / (2 * kWriteChannels);  // columns of P in it
-static_assert(2 * kWriteStep == kScoreHalf);
-
 // Mean and rstd of a lane's tokens, of the tile from `tile_token` on.
 __device__ inline void write_moments(const Moments& moments, const GroupWriteArguments& given,
                                      int group, int tile_token) {
@@ -97,8 +93,8 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
                        half * kScoreHalf + rank * kScoreHalf / 2, group);
           }
         }
-        for (int channel = 0; channel < width; channel += kWriteChannels) {
-          for (int column = 0; column < kGroupColumns; column += kWriteStep) {
+        for (int channel = 0; channel < width; channel += kHeldChannels) {
+          for (int column = 0; column < kGroupColumns; column += kHeldStep) {
             copy_piece(rings.slots, &values, rank, channel + rank * 64, column, group);
           }
         }
@@ -125,23 +121,23 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
       barrier_wait(1 + warpgroup, 128);
       HalfWeights weights[2];
       {
-        Scores scores;
+        Scores scores[1];
         TokenSums sums;
         make_scores<true>(scores, sums, rings, width);
         const Moments moments = moments_of_rows(sums, width, given.of.eps);
-        softmax_heads<kLatents>(weights[0], scores, moments, lines);
+        softmax_heads<kLatents>(weights[0], scores[0], moments, lines);
         if (given.weights != nullptr) {
           write_half(weights[0], given.weights, 0, given.of, group, work.token(item, rank));
           write_moments(moments, given, group, work.token(item, rank));
         }
         make_scores<false>(scores, sums, rings, width);
-        softmax_heads<kLatents>(weights[1], scores, moments, lines + kScoreHalf);
+        softmax_heads<kLatents>(weights[1], scores[0], moments, lines + kScoreHalf);
         if (given.weights != nullptr) {
           write_half(weights[1], given.weights, 1, given.of, group, work.token(item, rank));
         }
       }
 #pragma unroll 1
-      for (int channel = 0; channel < width; channel += kWriteChannels) {
+      for (int channel = 0; channel < width; channel += kHeldChannels) {
         const int64_t first = at + channel / 8 + lane % 4;
         uint4 old[2][4];
 #pragma unroll
@@ -154,27 +150,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
         }
         Accumulators<16> sum;
         clear(sum);
-        auto read = rings.slots;
-#pragma unroll
-        for (int step = 0; step < kGroupColumns / kWriteStep; ++step) {
-          rings.slots.wait_full();
-          multiply_fence();
-#pragma unroll
-          for (int k = 0; k < kWriteStep / 16; ++k) {
-            multiply_held_columns(
-                sum, weights[step / 2][step % 2 * kWriteStep / 16 + k],
-                further(columns_view(rings.slots.place(), kPieceBytes), k * 16 * kMatrixRow));
-          }
-          multiply_commit();
-          rings.slots.next();
-          if (step > 0) {
-            multiply_wait<1>();
-            free_slot(read, thread);
-          }
-        }
-        multiply_wait<0>();
-        settle(sum);
-        free_slot(read, thread);
+        add_held(sum, weights, rings, thread);
         write_channels(sum, old, static_cast<const uint4*>(given.bias) + channel / 8 + lane % 4,
                        static_cast<uint4*>(given.out) + first, row_vectors, rows);
       }

@@ -11,12 +11,10 @@
 
 namespace snapkernels {
 
-constexpr int kPatchChannels = 128;                            // of a product that makes dx
-constexpr int kPatchStep = kSlotBytes / (2 * kPatchChannels);  // columns of dS in it
 constexpr int kSumWarps = 2;
 constexpr int kWriteBackwardSums = TokenRings::bytes<float2>();
 constexpr int kWriteBackwardShared = kWriteBackwardSums + LaneSums::kBytes;
-static_assert(2 * kPatchStep == kScoreHalf && kPatchChannels == 2 * kScoreStep);
+static_assert(kHeldChannels == 2 * kScoreStep);
 
 // By one of two warps: the sums over the tokens of a tile of 16 channels from chunk `chunk` on. Not
 // by the tensor cores, which the products keep busy.
@@ -160,9 +158,9 @@ __device__ inline void copy_and_sum(TokenRings& rings, const CUtensorMap* patche
         }
       }
 #pragma unroll 1
-      for (int channel = 0; channel < width; channel += kPatchChannels) {
+      for (int channel = 0; channel < width; channel += kHeldChannels) {
 #pragma unroll 1
-        for (int column = 0; column < kGroupColumns; column += kPatchStep) {
+        for (int column = 0; column < kGroupColumns; column += kHeldStep) {
           copy_piece(rings.slots, absorbed, rank, channel + rank * 64, column, group);
         }
       }
@@ -280,12 +278,12 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         load_half(weights[half], given.grads.weights, half, given.of, group, tile_token);
-        Scores products;
+        Scores products[1];
         TokenSums nothing;
         make_scores<false>(products, nothing, rings, width);
 #pragma unroll
         for (int head = 0; head < kScoreHalf / kLatents; ++head) {
-          grads_of_head<kLatents>(weights[half], products, head, moments,
+          grads_of_head<kLatents>(weights[half], products[0], head, moments,
                                   lines + half * kScoreHalf, sums);
         }
         write_half(weights[half], given.grads.score_grads, half, given.of, group, tile_token);
@@ -302,30 +300,10 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
       }
       const TokenLines of_tokens(sums, moments, width);
 #pragma unroll 1
-      for (int channel = 0; channel < width; channel += kPatchChannels) {
+      for (int channel = 0; channel < width; channel += kHeldChannels) {
         Accumulators<16> sum;
         clear(sum);
-        auto read = rings.slots;
-#pragma unroll
-        for (int step = 0; step < kGroupColumns / kPatchStep; ++step) {
-          rings.slots.wait_full();
-          multiply_fence();
-#pragma unroll
-          for (int k = 0; k < kPatchStep / 16; ++k) {
-            multiply_held_columns(
-                sum, weights[step / 2][step % 2 * kPatchStep / 16 + k],
-                further(columns_view(rings.slots.place(), kPieceBytes), k * 16 * kMatrixRow));
-          }
-          multiply_commit();
-          rings.slots.next();
-          if (step > 0) {
-            multiply_wait<1>();
-            free_slot(read, thread);
-          }
-        }
-        multiply_wait<0>();
-        settle(sum);
-        free_slot(read, thread);
+        add_held(sum, weights, rings, thread);
         write_patches(sum, of_tokens, rings, given.of, given.grads.out, group, tile_token,
                       channel);
       }

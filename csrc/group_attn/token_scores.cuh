@@ -50,31 +50,37 @@ __device__ inline Moments moments_of_rows(TokenSums sums, int width, float eps) 
   return moments;
 }
 
-// By a warpgroup: x . A of its 64 tokens and half of the columns and, where wanted, the sums of its
-// tokens.
-template <bool kMoments>
-__device__ inline void make_scores(Scores& scores, TokenSums& sums, TokenRings& rings, int width) {
+// By a warpgroup: the products of its 64 tokens with kCount slots of every step, of half of the
+// columns each, and, where wanted, the sums of its tokens.
+template <bool kMoments, int kCount>
+__device__ inline void make_scores(Scores (&scores)[kCount], TokenSums& sums, TokenRings& rings,
+                                   int width) {
   const int thread = threadIdx.x % 128;
   const uint32_t tokens = (threadIdx.x / 128 - 1) * 64 * kMatrixRow;  // of a tile
   TokenRings read = rings;  // follows, to what the tensor cores are done with
   const auto free_step = [&] {
     if (thread % 32 == 0) phase_arrive(read.tiles.free());
     read.tiles.next();
-    free_slot(read.slots, thread);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) free_slot(read.slots, thread);
   };
-  clear(scores);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) clear(scores[i]);
 #pragma unroll 1
   for (int channel = 0; channel < width; channel += kScoreStep) {
     rings.tiles.wait_full();
-    rings.slots.wait_full();
     const uint32_t tile = rings.tiles.place() + tokens;
-    const uint64_t slot = matrix_view(rings.slots.place());
     rings.tiles.next();
-    rings.slots.next();
-    multiply_fence();
 #pragma unroll
-    for (int k = 0; k < kScoreStep / 16; ++k) {
-      multiply(scores, further(matrix_view(tile), 32 * k), further(slot, 32 * k));
+    for (int i = 0; i < kCount; ++i) {
+      rings.slots.wait_full();
+      const uint64_t slot = matrix_view(rings.slots.place());
+      rings.slots.next();
+      multiply_fence();
+#pragma unroll
+      for (int k = 0; k < kScoreStep / 16; ++k) {
+        multiply(scores[i], further(matrix_view(tile), 32 * k), further(slot, 32 * k));
+      }
     }
     multiply_commit();
     if (kMoments) sums.add<4>(tile, thread / 2, thread % 2 * 4, channel == 0);
@@ -84,13 +90,45 @@ __device__ inline void make_scores(Scores& scores, TokenSums& sums, TokenRings& 
     }
   }
   multiply_wait<0>();
-  settle(scores);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) settle(scores[i]);
   free_step();
 }
 
 // P, or another of half of the columns, as wgmma takes it: of 16 columns two pairs of token r,
 // r + 8, r and r + 8.
 using HalfWeights = uint32_t[kScoreHalf / 16][4];
+
+// By a warpgroup: the products of all columns of its tokens, which are P or another and in
+// registers, with 128 channels of four slots.
+constexpr int kHeldChannels = 128;
+constexpr int kHeldStep = kSlotBytes / (2 * kHeldChannels);  // columns of a slot
+static_assert(2 * kHeldStep == kScoreHalf);
+
+__device__ inline void add_held(Accumulators<kHeldChannels / 8>& sum,
+                                const HalfWeights (&weights)[2], TokenRings& rings, int thread) {
+  auto read = rings.slots;
+#pragma unroll
+  for (int step = 0; step < kGroupColumns / kHeldStep; ++step) {
+    rings.slots.wait_full();
+    multiply_fence();
+#pragma unroll
+    for (int k = 0; k < kHeldStep / 16; ++k) {
+      multiply_held_columns(
+          sum, weights[step / 2][step % 2 * kHeldStep / 16 + k],
+          further(columns_view(rings.slots.place(), kPieceBytes), k * 16 * kMatrixRow));
+    }
+    multiply_commit();
+    rings.slots.next();
+    if (step > 0) {
+      multiply_wait<1>();
+      free_slot(read, thread);
+    }
+  }
+  multiply_wait<0>();
+  settle(sum);
+  free_slot(read, thread);
+}
 
 // The softmax of each head of a half in base 2, of a lane's tokens r and r + 8.
 // `lines` has of each column of the half the sum of A and the bias of scores.
