@@ -50,6 +50,25 @@ __device__ inline void copy_box_in_order(int blocks, uint32_t to, const CUtensor
       : "memory");
 }
 
+// To the box at (column, row, matrix) of `map` what lies at `from`, which has been published.
+__device__ inline void copy_box_out(const CUtensorMap* map, int column, int row, int matrix,
+                                    uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(
+          map),
+      "r"(column), "r"(row), "r"(matrix), "r"(from)
+      : "memory");
+}
+
+__device__ inline void copies_out_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until what this thread committed has left shared memory.
+__device__ inline void copies_out_left() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // threadIdx.x, read where it is called: what follows from it takes no registers before.
 __device__ inline uint32_t thread_again() {
   uint32_t thread;

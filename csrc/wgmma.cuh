@@ -196,6 +196,13 @@ __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
                : "memory");
 }
 
+// Its inverse.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&from)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+}
+
 // 16 bytes, and two bfloat16, of shared memory.
 __device__ inline uint4 load_vector(uint32_t address) {
   uint4 loaded;
@@ -205,7 +212,6 @@ __device__ inline uint4 load_vector(uint32_t address) {
                : "memory");
   return loaded;
 }
-
 
 __device__ inline uint32_t load_pair(uint32_t address) {
   uint32_t pair;

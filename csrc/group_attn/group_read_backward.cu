@@ -28,7 +28,7 @@ cudaError_t launch_grads(const GroupReadBackwardArguments& given, cudaStream_t s
 
 cudaError_t launch_patches(const GroupReadBackwardArguments& given, cudaStream_t stream) {
   const GroupArguments& of = given.of;
-  CUtensorMap weights, score_grads, rows, absorbed;
+  CUtensorMap weights, score_grads, rows, absorbed, patches, out;
   cudaError_t error = make_tensor_map(&weights, given.grads.weights, of.groups, of.tokens,
                                       kGroupColumns, kScoreTokens);
   if (error != cudaSuccess) return error;
@@ -40,12 +40,18 @@ cudaError_t launch_patches(const GroupReadBackwardArguments& given, cudaStream_t
   if (error != cudaSuccess) return error;
   error = make_tensor_map_in_order(&absorbed, of.absorbed, columns, of.width);
   if (error != cudaSuccess) return error;
+  constexpr int kWarpgroupTokens = kScoreTokens / kScoreConsumers;
+  error = make_tensor_map(&patches, of.patches, of.groups, of.tokens, of.width, kWarpgroupTokens);
+  if (error != cudaSuccess) return error;
+  error = make_tensor_map(&out, given.grads.out, of.groups, of.tokens, of.width, kWarpgroupTokens);
+  if (error != cudaSuccess) return error;
   int blocks;
   const int items = score_items(of) * (of.width / kPatchSlice);
   error = blocks_of_clusters(&blocks, items, kClusterBlocks);
   if (error != cudaSuccess) return error;
   return launch_clusters(group_patch_grads_kernel, blocks, kClusterBlocks, kScoreThreads,
-                         kPatchShared, stream, weights, score_grads, rows, absorbed, given);
+                         kPatchShared, stream, weights, score_grads, rows, absorbed, patches, out,
+                         given);
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 //
 // A block has 128 tokens and 256 channels; the other of its cluster has the next 128 tokens, and
 // each copies half of W and of A for both. Columns of P and dS are in order, and so are rows of W
-// and A as they are copied. What is wanted of x is on its way while the tensor cores multiply.
+// and A as they are copied. x comes to shared memory while the tensor cores multiply, is made dx
+// there, and leaves it while they multiply for the next tile.
 #pragma once
 
 #include "group_attn/score_grads.cuh"
@@ -11,12 +12,15 @@ namespace snapkernels {
 
 constexpr int kPatchSlice = 256;   // channels
 constexpr int kPatchColumns = 64;  // of a stage
-constexpr int kPatchStages = 4;
-constexpr int kPatchBoxBytes = kPatchColumns * kMatrixRow;  // 64 columns of 64 channels
-constexpr int kPatchBoxes = kPatchSlice / 64;
+constexpr int kPatchStages = 3;
+constexpr int kPatchBoxes = kPatchSlice / 64;               // of 64 channels
+constexpr int kPatchBoxBytes = kPatchColumns * kMatrixRow;  // 64 columns or tokens
 constexpr int kPatchStageBytes = kTileBytes + kPatchBoxes * kPatchBoxBytes;
-constexpr int kPatchBarriers = kPatchStages * kPatchStageBytes;
-constexpr int kPatchShared = kPatchBarriers + 16 * kPatchStages;
+constexpr int kPatchTokensBytes = kPatchBoxes * kPatchBoxBytes;  // of a warpgroup
+constexpr int kPatchTokens = kPatchStages * kPatchStageBytes;
+constexpr int kPatchBarriers = kPatchTokens + kScoreConsumers * kPatchTokensBytes;
+constexpr int kPatchArrived = kPatchBarriers + 16 * kPatchStages;
+constexpr int kPatchShared = kPatchArrived + 8 * kScoreConsumers;
 
 struct PatchWork {
   ScoreWork tiles;
@@ -26,11 +30,41 @@ struct PatchWork {
       : tiles(of), slices(of.width / kPatchSlice), items(tiles.items * slices) {}
 };
 
+// A warpgroup's 64 tokens of x in shared memory become dx.
+__device__ inline void end_patches(const Accumulators<32>& sum, const float2 (&lines)[2],
+                                   uint32_t tokens) {
+  const uint32_t thread = thread_again() % 128, lane = thread % 32;
+  // Of 8 x 8 matrices a lane's is lane / 8: tokens from 0 and 8 on, then of the next 8 channels.
+  const uint32_t row = thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+  const uint32_t lane_at = swizzled(row, lane / 16);
+#pragma unroll
+  for (int box = 0; box < kPatchBoxes; ++box) {
+    uint32_t pairs[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {  // two chunks, swizzled
+      load_matrices(pairs[k], tokens + box * kPatchBoxBytes + (lane_at ^ 32 * k));
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2& line = lines[i % 2];
+        const float2 two = with_line(sum[8 * box + 2 * k + i / 2] + i % 2 * 2, pairs[k][i], line.x,
+                                     line.y);
+        pairs[k][i] = bf16_pair(two.x, two.y);
+      }
+      store_matrices(tokens + box * kPatchBoxBytes + (lane_at ^ 32 * k), pairs[k]);
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kScoreThreads, 1)
     group_patch_grads_kernel(const __grid_constant__ CUtensorMap weights,
                              const __grid_constant__ CUtensorMap score_grads,
                              const __grid_constant__ CUtensorMap rows,
                              const __grid_constant__ CUtensorMap absorbed,
+                             const __grid_constant__ CUtensorMap patches,
+                             const __grid_constant__ CUtensorMap out,
                              GroupReadBackwardArguments given) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
@@ -39,6 +73,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   Ring<kPatchStages, kPatchStageBytes> ring{base, base + kPatchBarriers};
   if (threadIdx.x == 0) {
     ring.begin(1, kScoreConsumers * kClusterBlocks);  // a thread of each warpgroup
+    for (int i = 0; i < kScoreConsumers; ++i) phase_begin(base + kPatchArrived + 8 * i, 1);
     phases_begun();
   }
   __syncthreads();
@@ -71,28 +106,22 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
     }
   } else {
     registers_grow<kScoreRegisters>();
-    const int thread = threadIdx.x % 128, lane = thread % 32;
-    const uint32_t first_row = (threadIdx.x / 128 - 1) * 64 * kMatrixRow;
-    const int row = (threadIdx.x / 32 - 4) * 16 + lane / 4;  // of the tile
-    const int row_vectors = given.of.width / 8;
+    const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128 - 1;
+    const uint32_t first_row = warpgroup * 64 * kMatrixRow;
+    const uint32_t tokens = base + kPatchTokens + warpgroup * kPatchTokensBytes;
+    const uint32_t arrived = base + kPatchArrived + 8 * warpgroup;
+    int parity = 0;
     for (int item = work.tiles.first(); item < work.items; item += work.tiles.step()) {
       const int tile = item / work.slices, channel = item % work.slices * kPatchSlice;
-      const int tile_token = work.tiles.token(tile, rank);
+      const int group = work.tiles.group(tile);
+      const int tile_token = work.tiles.token(tile, rank) + 64 * warpgroup;
       const bool some = tile_token < given.of.tokens;
-      const int64_t token =
-          static_cast<int64_t>(work.tiles.group(tile)) * given.of.tokens + tile_token + row;
-      const int64_t at = token * row_vectors + channel / 8 + lane % 4;
-      const auto* from = static_cast<const uint4*>(given.of.patches) + at;
-      uint4 x[2][kPatchSlice / 32];
-      float2 lines[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!some) break;
-        lines[i] = given.lines[token + 8 * i];
-#pragma unroll
-        for (int v = 0; v < kPatchSlice / 32; ++v) {
-          x[i][v] = load_ahead(from + 8 * i * row_vectors + 4 * v);
-        }
+      float2 lines[2] = {};
+      if (some) {
+        const float2* from = given.lines + static_cast<int64_t>(group) * given.of.tokens +
+                             tile_token + thread / 32 * 16 + thread % 32 / 4;
+        lines[0] = from[0];
+        lines[1] = from[8];
       }
       Accumulators<32> sum;
       clear(sum);
@@ -113,30 +142,33 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
           multiply_wait<1>();
           free_slot(read, thread);
         }
+        if (step == kPatchStages && some && thread == 0) {
+          copies_out_left();
+          phase_expect(arrived, kPatchTokensBytes);
+          for (int box = 0; box < kPatchBoxes; ++box) {
+            copy_box(tokens + box * kPatchBoxBytes, &patches, channel + 64 * box, tile_token,
+                     group, arrived, first_to_leave());
+          }
+        }
       }
       multiply_wait<0>();
       settle(sum);
       free_slot(read, thread);
       if (!some) continue;
-      auto* to = static_cast<uint4*>(given.grads.out) + at;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int v = 0; v < kPatchSlice / 32; ++v) {
-          const uint4 pairs = exchanged(x[i][v]);
-          const uint32_t olds[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-          uint32_t news[4];
-#pragma unroll
-          for (int b = 0; b < 4; ++b) {
-            const float2 two =
-                with_line(sum[4 * v + b] + 2 * i, olds[b], lines[i].x, lines[i].y);
-            news[b] = bf16_pair(two.x, two.y);
-          }
-          to[8 * i * row_vectors + 4 * v] =
-              exchanged(make_uint4(news[0], news[1], news[2], news[3]));
+      phase_wait(arrived, parity);
+      parity ^= 1;
+      end_patches(sum, lines, tokens);
+      publish();
+      barrier_wait(1 + warpgroup, 128);
+      if (thread == 0) {
+        for (int box = 0; box < kPatchBoxes; ++box) {
+          copy_box_out(&out, channel + 64 * box, tile_token, group,
+                       tokens + box * kPatchBoxBytes);
         }
+        copies_out_commit();
       }
     }
+    if (thread == 0) copies_out_left();
   }
   cluster_wait();
 }
