@@ -13,36 +13,56 @@ namespace snapkernels {
 using ReadLine = float4;
 
 constexpr int kReadGradsSums = TokenRings::bytes<ReadLine>();
-constexpr int kReadGradsShared = kReadGradsSums + LaneSums::kBytes;
+constexpr int kReadGradsMoments = kReadGradsSums + LaneSums::kBytes;
+constexpr int kReadGradsShared = kReadGradsMoments + WarpMoments::kBytes;
 
-// P and dS of 32 columns from block `first` on of a lane's token i; their parts of its sums.
-__device__ inline void make_grads(uint32_t (&weights)[4], uint32_t (&grads)[4],
-                                  const Scores& scores, const Scores& products, int first, int i,
-                                  const Moments& moments, uint32_t lines, const LaneSums& sums) {
-  const float rstd = moments.rstd[i], slope = -moments.mean[i] * rstd;
+// P and dS of 16 of 32 columns from block `first` on, of both tokens; their parts of the sums.
+__device__ inline void make_grads(uint32_t (&weights)[2][4], uint32_t (&grads)[2][4],
+                                  const Scores& scores, const Scores& products, int first,
+                                  const WarpMoments& of_warp, uint32_t lines,
+                                  const LaneSums& sums) {
   const uint32_t thread = thread_again();
   lines += sizeof(ReadLine) * ((thread / 128 - 1) * kGroupColumns + 2 * (thread % 4));
-  float2 sum = sums.get(i);
+  TokenTotals totals = sums.get();
+  const Moments moments = of_warp.get();
 #pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    const int block = first + b;
-    float weight[2], grad[2];
-    float2 totals[2];
+  for (int block = first; block < first + 2; ++block) {
+    float weight[2][2], grad[2][2];
+    float2 sums_of[2];  // of A, of W
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const float4 line = load_line(lines + sizeof(ReadLine) * (8 * block + e));
-      const float score = fmaf(scores[block][2 * i + e], rstd, slope * line.x);
-      const float product = fmaf(products[block][2 * i + e], rstd, slope * line.y);
-      weight[e] = exp2_fast(score - line.z) * rstd;
-      grad[e] = kLog2 * weight[e] * (product - line.w);
-      sum.y = fmaf(weight[e], product, fmaf(grad[e], score, sum.y));
-      totals[e] = {line.x, line.y};
+      sums_of[e] = {line.x, line.y};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float mean = moments.mean[i], rstd = moments.rstd[i];
+        const float score = rstd * fmaf(-mean, line.x, scores[block][2 * i + e]);
+        const float product = rstd * fmaf(-mean, line.y, products[block][2 * i + e]);
+        weight[i][e] = exp2_fast(score - line.z) * rstd;
+        grad[i][e] = kLog2 * weight[i][e] * (product - line.w);
+        totals.product[i] =
+            fmaf(weight[i][e], product, fmaf(grad[i][e], score, totals.product[i]));
+      }
     }
-    weights[b] = bf16_pair(weight[0], weight[1]);
-    grads[b] = bf16_pair(grad[0], grad[1]);
-    sum.x += fmaf(bf16_low(weights[b]), totals[0].y, bf16_low(grads[b]) * totals[0].x) +
-             fmaf(bf16_high(weights[b]), totals[1].y, bf16_high(grads[b]) * totals[1].x);
-    sums.set(i, sum);  // nothing of the next columns starts before
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t &two = weights[i][block % 4], &two_grads = grads[i][block % 4];
+      two = bf16_pair(weight[i][0], weight[i][1]);
+      two_grads = bf16_pair(grad[i][0], grad[i][1]);
+      totals.u[i] +=
+          fmaf(bf16_low(two), sums_of[0].y, bf16_low(two_grads) * sums_of[0].x) +
+          fmaf(bf16_high(two), sums_of[1].y, bf16_high(two_grads) * sums_of[1].x);
+    }
+  }
+  sums.set(totals);  // nothing of the next columns starts before
+}
+
+// 32 columns of both tokens.
+__device__ inline void write_vectors(uint4* to, const uint32_t (&two)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    store_once(to + 8 * i * (kGroupColumns / 8),
+               make_uint4(two[i][0], two[i][1], two[i][2], two[i][3]));
   }
 }
 
@@ -91,6 +111,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
     registers_grow<kScoreRegisters>();
     const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128 - 1;
     const LaneSums sums(base + kReadGradsSums);
+    const WarpMoments of_warp(base + kReadGradsMoments);
     for (int item = work.first(); item < work.items; item += work.step()) {
       const int group = work.group(item), tile_token = work.token(item, rank);
       barrier_wait(1 + warpgroup, 128);  // the lines of the item before are read
@@ -103,44 +124,36 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
                          given.delta[at]};
       }
       barrier_wait(1 + warpgroup, 128);
-      sums.clear();
-      Moments moments;
+      sums.set({});
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Scores both[2];  // with A, with W
         TokenSums of_tokens;
         if (half == 0) {
           make_scores<true>(both, of_tokens, rings, width);
-          moments = moments_of_rows(of_tokens, width, given.of.eps);
+          of_warp.set(moments_of_rows(of_tokens, width, given.of.eps));
         } else {
           make_scores<false>(both, of_tokens, rings, width);
         }
         if (tile_token >= given.of.tokens) continue;
 #pragma unroll
         for (int v = 0; v < kScoreHalf / 32; ++v) {
-          uint32_t grads[2][4];
+          uint32_t weights[2][4], grads[2][4];
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            uint32_t weights[4];
-            make_grads(weights, grads[i], both[0], both[1], 4 * v, i, moments,
+          for (int first = 4 * v; first < 4 * v + 4; first += 2) {
+            make_grads(weights, grads, both[0], both[1], first, of_warp,
                        base + TokenRings::kLinesAt + half * kScoreHalf * sizeof(ReadLine), sums);
-            const int64_t at = weights_of_lane(given.of, group, tile_token) +
-                               half * kScoreHalf / 8 + i * 8 * (kGroupColumns / 8) + 4 * v;
-            store_once(static_cast<uint4*>(given.grads.weights) + at,
-                       make_uint4(weights[0], weights[1], weights[2], weights[3]));
-            store_once(static_cast<uint4*>(given.grads.score_grads) + at,
-                       make_uint4(grads[i][0], grads[i][1], grads[i][2], grads[i][3]));
           }
-          const TokenRows token_rows(moments);  // again for every 32: registers are short
-          float* to = sums_of_warp(given.of, given.grads.sums, group, tile_token) +
-                      half * kScoreHalf + 32 * v;
-#pragma unroll
-          for (int b = 0; b < 4; ++b) {
-            token_rows.write_sums(grads[0][b], grads[1][b], to + 8 * b);
-          }
+          const int64_t at = weights_of_lane(given.of, group, tile_token) +
+                             half * kScoreHalf / 8 + 4 * v;
+          write_vectors(static_cast<uint4*>(given.grads.weights) + at, weights);
+          write_vectors(static_cast<uint4*>(given.grads.score_grads) + at, grads);
+          const TokenRows token_rows(of_warp);  // again for every 32: registers are short
+          token_rows.write_sums(grads, sums_of_warp(given.of, given.grads.sums, group, tile_token) +
+                                           half * kScoreHalf + 32 * v);
         }
       }
-      const TokenLines of_tokens(sums, moments, width);
+      const TokenLines of_tokens(sums, of_warp, width);
       if (tile_token < given.of.tokens && thread_again() % 4 == 0) {
         float2* to = given.lines + static_cast<int64_t>(group) * given.of.tokens + tile_token +
                      token_of_lane();

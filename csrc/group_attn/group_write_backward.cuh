@@ -13,7 +13,8 @@ namespace snapkernels {
 
 constexpr int kSumWarps = 2;
 constexpr int kWriteBackwardSums = TokenRings::bytes<float2>();
-constexpr int kWriteBackwardShared = kWriteBackwardSums + LaneSums::kBytes;
+constexpr int kWriteBackwardMoments = kWriteBackwardSums + LaneSums::kBytes;
+constexpr int kWriteBackwardShared = kWriteBackwardMoments + WarpMoments::kBytes;
 static_assert(kHeldChannels == 2 * kScoreStep);
 
 // By one of two warps: the sums over the tokens of a tile of 16 channels from chunk `chunk` on. Not
@@ -83,7 +84,7 @@ __device__ inline Moments load_moments(const GroupWriteBackwardArguments& given,
 // dS of a head of a half, in place of P, from dP; what a lane adds to the sums of its tokens.
 template <int kLatents>
 __device__ inline void grads_of_head(HalfWeights& weights, const Scores& products, int head,
-                                     const Moments& moments, const float2* lines,
+                                     const WarpMoments& of_warp, const float2* lines,
                                      const LaneSums& sums) {
   constexpr int kBlocks = kLatents / 8;
   float delta[2] = {0, 0}, total[2] = {0, 0};
@@ -101,7 +102,8 @@ __device__ inline void grads_of_head(HalfWeights& weights, const Scores& product
   for (int i = 0; i < 2; ++i) {  // by the total of P as it is rounded: so dS adds up to 0
     delta[i] = over_row(delta[i]) * reciprocal_fast(fmaxf(over_row(total[i]), 1e-30f));
   }
-  float2 sum[2] = {sums.get(0), sums.get(1)};
+  TokenTotals totals = sums.get();
+  const Moments moments = of_warp.get();
 #pragma unroll
   for (int block = head * kBlocks; block < (head + 1) * kBlocks; ++block) {
     const float4 two = load_line(shared_address(lines + 8 * block + 2 * (thread_again() % 4)));
@@ -112,14 +114,14 @@ __device__ inline void grads_of_head(HalfWeights& weights, const Scores& product
       const float factor = kLog2 * moments.rstd[i];
       const float low = bf16_low(weight) * (product[0] - delta[i]) * factor;
       const float high = bf16_high(weight) * (product[1] - delta[i]) * factor;
-      sum[i].y = fmaf(low, log2_fast(bf16_low(weight)) - two.y, sum[i].y);
-      sum[i].y = fmaf(high, log2_fast(bf16_high(weight)) - two.w, sum[i].y);
+      float& of_product = totals.product[i];
+      of_product = fmaf(low, log2_fast(bf16_low(weight)) - two.y, of_product);
+      of_product = fmaf(high, log2_fast(bf16_high(weight)) - two.w, of_product);
       weight = bf16_pair(low, high);
-      sum[i].x = fmaf(bf16_low(weight), two.x, fmaf(bf16_high(weight), two.z, sum[i].x));
+      totals.u[i] = fmaf(bf16_low(weight), two.x, fmaf(bf16_high(weight), two.z, totals.u[i]));
     }
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) sums.set(i, sum[i]);
+  sums.set(totals);
 }
 
 // By the warpgroup that copies: what each half of dP takes, then the channels of dx.
@@ -262,7 +264,8 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
     const int warpgroup = threadIdx.x / 128 - 1;
     auto* lines = reinterpret_cast<float2*>(shared + TokenRings::kLinesAt) +
                   warpgroup * kGroupColumns;
-    LaneSums sums(base + kWriteBackwardSums);
+    const LaneSums sums(base + kWriteBackwardSums);
+    const WarpMoments of_warp(base + kWriteBackwardMoments);
     for (int item = work.first(); item < work.items; item += work.step()) {
       const int group = work.group(item), tile_token = work.token(item, rank_in_cluster());
       barrier_wait(1 + warpgroup, 128);  // the lines of the item before are read
@@ -273,8 +276,8 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
       }
       barrier_wait(1 + warpgroup, 128);
       HalfWeights weights[2];  // which become dS
-      const Moments moments = load_moments(given, group, tile_token);
-      sums.clear();
+      of_warp.set(load_moments(given, group, tile_token));
+      sums.set({});
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         load_half(weights[half], given.grads.weights, half, given.of, group, tile_token);
@@ -283,22 +286,29 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
         make_scores<false>(products, nothing, rings, width);
 #pragma unroll
         for (int head = 0; head < kScoreHalf / kLatents; ++head) {
-          grads_of_head<kLatents>(weights[half], products[0], head, moments,
+          grads_of_head<kLatents>(weights[half], products[0], head, of_warp,
                                   lines + half * kScoreHalf, sums);
         }
         write_half(weights[half], given.grads.score_grads, half, given.of, group, tile_token);
         if (tile_token < given.of.tokens) {
-          const TokenRows rows(moments);
+          const TokenRows rows(of_warp);
           float* to = sums_of_warp(given.of, given.grads.sums, group, tile_token) +
                       half * kScoreHalf;
 #pragma unroll
-          for (int block = 0; block < kScoreHalf / 8; ++block) {
-            const uint32_t* pairs = weights[half][block / 2] + 2 * (block % 2);
-            rows.write_sums(pairs[0], pairs[1], to + 8 * block);
+          for (int v = 0; v < kScoreHalf / 32; ++v) {
+            uint32_t grads[2][4];
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                grads[i][b] = weights[half][2 * v + b / 2][2 * (b % 2) + i];
+              }
+            }
+            rows.write_sums(grads, to + 32 * v);
           }
         }
       }
-      const TokenLines of_tokens(sums, moments, width);
+      const TokenLines of_tokens(sums, of_warp, width);
 #pragma unroll 1
       for (int channel = 0; channel < width; channel += kHeldChannels) {
         Accumulators<16> sum;

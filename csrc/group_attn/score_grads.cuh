@@ -41,36 +41,86 @@ __device__ inline void multiply_small(float (&sum)[4], const uint32_t (&a)[2], u
       : "r"(a[0]), "r"(0), "r"(a[1]), "r"(b0), "r"(b1));
 }
 
+// Volatile, or the compiler would load many ahead.
+__device__ inline float4 load_line(uint32_t address) {
+  float4 line;
+  asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(line.x), "=f"(line.y), "=f"(line.z), "=f"(line.w)
+               : "r"(address)
+               : "memory");
+  return line;
+}
+
+// Of a warp's 16 tokens, in shared memory, since registers are short: mean and rstd in turns.
+struct WarpMoments {
+  static constexpr int kBytes = 128 * 4 * kScoreConsumers;
+  uint32_t base;
+
+  __device__ explicit WarpMoments(uint32_t base) : base(base) {}
+  __device__ uint32_t place() const { return base + thread_again() / 32 * 128 - 4 * 128; }
+  __device__ void set(const Moments& moments) const {
+    const uint32_t lane = thread_again() % 32, at = place() + 8 * (lane / 4);
+    if (lane % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + 64 * i),
+                     "f"(moments.mean[i]), "f"(moments.rstd[i])
+                     : "memory");
+      }
+    }
+    __syncwarp();
+  }
+  __device__ Moments get() const {
+    const uint32_t at = place() + thread_again() % 32 / 4 * 8;
+    Moments moments;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(moments.mean[i]), "=f"(moments.rstd[i])
+                   : "r"(at + 64 * i)
+                   : "memory");
+    }
+    return moments;
+  }
+};
+
 // A warp's means, and 1 / rstd, as rows 0 and 1 of a product with its tokens, in two bfloat16 each.
 struct TokenRows {
   uint32_t high[2], low[2];
 
-  __device__ explicit TokenRows(const Moments& moments) {
-    const int lane = threadIdx.x % 32, row = lane / 4, pair = 2 * (lane % 4);
+  __device__ explicit TokenRows(const WarpMoments& moments) {
+    const uint32_t lane = thread_again() % 32, row = lane / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float of[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float mean = __shfl_sync(~0u, moments.mean[i], 4 * (pair + e));
-        const float rstd = __shfl_sync(~0u, moments.rstd[i], 4 * (pair + e));
-        of[e] = (row == 0) * mean + (row == 1) * reciprocal_fast(rstd);
-      }
-      high[i] = bf16_pair(of[0], of[1]);
-      low[i] = bf16_pair(of[0] - bf16_low(high[i]), of[1] - bf16_high(high[i]));
+      const float4 two = load_line(moments.place() + 16 * (lane % 4) + 64 * i);
+      const float first = (row == 0) * two.x + (row == 1) * reciprocal_fast(two.y);
+      const float second = (row == 0) * two.z + (row == 1) * reciprocal_fast(two.w);
+      high[i] = bf16_pair(first, second);
+      low[i] = bf16_pair(first - bf16_low(high[i]), second - bf16_high(high[i]));
     }
   }
 
-  // The sums over the warp's tokens of 8 columns of `grads`, of tokens r and r + 8.
-  __device__ void write_sums(uint32_t first, uint32_t second, float* to) const {
-    float sum[4] = {0, 0, 0, 0};
-    const uint32_t b0 = transposed(first), b1 = transposed(second);
-    multiply_small(sum, low, b0, b1);
-    multiply_small(sum, high, b0, b1);
-    const int lane = threadIdx.x % 32;
+  // The sums over the warp's tokens of 32 columns of dS, of which a lane has pairs of tokens r and
+  // r + 8 in each block of 8. What of one block does not wait for another's.
+  __device__ void write_sums(const uint32_t (&grads)[2][4], float* to) const {
+    uint32_t columns[4][2];
+    float sums[4][4] = {};
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) columns[b][i] = transposed(grads[i][b]);
+    }
+#pragma unroll
+    for (int b = 0; b < 4; ++b) multiply_small(sums[b], low, columns[b][0], columns[b][1]);
+#pragma unroll
+    for (int b = 0; b < 4; ++b) multiply_small(sums[b], high, columns[b][0], columns[b][1]);
+    const int lane = thread_again() % 32;
     if (lane < 8) {
-      *reinterpret_cast<float2*>(to + lane / 4 * kGroupColumns + 2 * (lane % 4)) =
-          make_float2(sum[0], sum[1]);
+      to += lane / 4 * kGroupColumns + 2 * (lane % 4);
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        *reinterpret_cast<float2*>(to + 8 * b) = make_float2(sums[b][0], sums[b][1]);
+      }
     }
   }
 };
@@ -80,16 +130,6 @@ __device__ inline float* sums_of_warp(const GroupArguments& of, float* sums, int
                                       int tile_token) {
   const int64_t warp = tile_token / kSumsTokens + thread_again() / 32 - 4;
   return sums + (static_cast<int64_t>(group) * sums_of_group(of) + warp) * 2 * kGroupColumns;
-}
-
-// Volatile, or the compiler would load many ahead.
-__device__ inline float4 load_line(uint32_t address) {
-  float4 line;
-  asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(line.x), "=f"(line.y), "=f"(line.z), "=f"(line.w)
-               : "r"(address)
-               : "memory");
-  return line;
 }
 
 // 16 bytes, under way from here on.
@@ -107,31 +147,27 @@ __device__ inline float over_row(float value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// A lane's sums for its token i of two, in shared memory, since registers are short: x of u over
-// the channels, with rstd in it, y of u times the normalised token. Volatile: what is set is made
-// by then, and what reads shared memory after it is not before it.
+// Of each of a lane's two tokens.
+struct TokenTotals {
+  float u[2], product[2];  // sums over the channels: of u with rstd in it, of u times the token
+};
+
+// In shared memory, since registers are short. Volatile: what is set is made by then, and what
+// reads shared memory after it is not before it.
 struct LaneSums {
   static constexpr int kBytes = 16 * 128 * kScoreConsumers;
   uint32_t base;
 
   __device__ explicit LaneSums(uint32_t base) : base(base) {}
-  __device__ uint32_t place(int i) const { return base + 16 * (thread_again() - 128) + 8 * i; }
-  __device__ float2 get(int i) const {
-    float2 sums;
-    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(sums.x), "=f"(sums.y)
-                 : "r"(place(i))
-                 : "memory");
-    return sums;
+  __device__ uint32_t place() const { return base + 16 * (thread_again() - 128); }
+  __device__ TokenTotals get() const {
+    const float4 all = load_line(place());
+    return {{all.x, all.y}, {all.z, all.w}};
   }
-  __device__ void set(int i, const float2& sums) const {
-    asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(place(i)), "f"(sums.x),
-                 "f"(sums.y)
+  __device__ void set(const TokenTotals& all) const {
+    asm volatile("st.volatile.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(place()),
+                 "f"(all.u[0]), "f"(all.u[1]), "f"(all.product[0]), "f"(all.product[1])
                  : "memory");
-  }
-  __device__ void clear() const {
-    set(0, {0, 0});
-    set(1, {0, 0});
   }
 };
 
@@ -140,12 +176,13 @@ struct LaneSums {
 struct TokenLines {
   float constant[2], slope[2];
 
-  __device__ TokenLines(const LaneSums& sums, const Moments& moments, int width) {
+  __device__ TokenLines(const LaneSums& sums, const WarpMoments& of_warp, int width) {
+    const TokenTotals found = sums.get();
+    const Moments moments = of_warp.get();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float2 found = sums.get(i);
-      slope[i] = moments.rstd[i] * over_row(found.y) / width;
-      constant[i] = moments.mean[i] * slope[i] - over_row(found.x) / width;
+      slope[i] = moments.rstd[i] * over_row(found.product[i]) / width;
+      constant[i] = moments.mean[i] * slope[i] - over_row(found.u[i]) / width;
     }
   }
 };
