@@ -37,6 +37,24 @@ __device__ inline uint64_t further(uint64_t view, int bytes) { return view + (by
 template <int kBlocks>
 using Accumulators = float[kBlocks][4];
 
+// Of 32 columns four lanes q have pairs from 8 b + 2 q on, b of 0 to 3: now they have those from
+// 8 q + 2 b on, 8 columns in a row. Its own inverse.
+__device__ inline uint4 exchanged(const uint4& pairs) {
+  const bool odd = threadIdx.x % 2, high = threadIdx.x % 4 / 2;
+  uint32_t w[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+  for (int two = 0; two < 4; two += 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? w[two] : w[two + 1], 1);
+    (odd ? w[two] : w[two + 1]) = other;
+  }
+#pragma unroll
+  for (int one = 0; one < 2; ++one) {
+    const uint32_t other = __shfl_xor_sync(~0u, high ? w[one] : w[one + 2], 2);
+    (high ? w[one] : w[one + 2]) = other;
+  }
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
 #define SNAP_FOUR(j) "+f"(sum[j][0]), "+f"(sum[j][1]), "+f"(sum[j][2]), "+f"(sum[j][3])
 
 // 64 x 56, 16 of K, added to `sum` or its first. kTransposedA: rows of `a` are of K.

@@ -61,13 +61,13 @@ __device__ inline float2 add_blocks(AverageTotals& totals, const GroupReadArgume
   const int blocks = given.of.tokens / kGroupBlock;
   const int64_t at = static_cast<int64_t>(group) * blocks * kGroupColumns + first_column + column;
   float most = -INFINITY;
-#pragma unroll 6
+#pragma unroll 9  // loads on their way at once
   for (int block = half; block < blocks; block += 2) {
     most = fmaxf(most, given.most[at + static_cast<int64_t>(block) * kGroupColumns]);
   }
   most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
   float sum = 0, mean = 0;
-#pragma unroll 6
+#pragma unroll 9  // loads on their way at once
   for (int block = half; block < blocks; block += 2) {
     const int64_t one = at + static_cast<int64_t>(block) * kGroupColumns;
     const float factor = exp2_fast(given.most[one] - most);
@@ -95,26 +95,31 @@ __device__ inline void write_average(const Accumulators<16> (&sum)[2], const Ave
                                      const GroupReadArguments& given, int group, int channel) {
   const uint32_t thread = thread_again();
   const int lane = thread % 32, row = (thread / 32 - 4) * 16 + lane / 4;
-  auto* out = static_cast<uint32_t*>(kGained ? given.context : given.average);
-  out += channel / 2 + lane % 4;
+  auto* out = static_cast<uint4*>(kGained ? given.context : given.average);
+  out += channel / 8 + lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float scale = totals.scale[row + 8 * i], mean = totals.mean[row + 8 * i];
     const int column = rank_in_cluster() * kAverageColumns + row + 8 * i;
     const int64_t latent =
         (column / kLatents * given.of.groups + group) * kLatents + column % kLatents;
-    auto* to = out + latent * (given.of.width / 2);
+    auto* to = out + latent * (given.of.width / 8);
 #pragma unroll
-    for (int b = 0; b < 32; ++b) {
-      const float* pair = sum[b / 16][b % 16] + 2 * i;
-      float low = fmaf(pair[0], scale, -mean), high = fmaf(pair[1], scale, -mean);
-      if constexpr (kGained) {
-        const uint32_t w = totals.norm_weight[4 * b + lane % 4];
-        const uint32_t c = totals.norm_bias[4 * b + lane % 4];
-        low = fmaf(low, bf16_low(w), bf16_low(c));
-        high = fmaf(high, bf16_high(w), bf16_high(c));
+    for (int v = 0; v < kAverageChannels / 32; ++v) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const float* pair = sum[v / 4][v % 4 * 4 + b] + 2 * i;
+        float low = fmaf(pair[0], scale, -mean), high = fmaf(pair[1], scale, -mean);
+        if constexpr (kGained) {
+          const uint32_t w = totals.norm_weight[16 * v + 4 * b + lane % 4];
+          const uint32_t c = totals.norm_bias[16 * v + 4 * b + lane % 4];
+          low = fmaf(low, bf16_low(w), bf16_low(c));
+          high = fmaf(high, bf16_high(w), bf16_high(c));
+        }
+        pairs[b] = bf16_pair(low, high);
       }
-      to[4 * b] = bf16_pair(low, high);
+      to[4 * v] = exchanged(make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
     }
   }
 }
@@ -165,18 +170,18 @@ __global__ void __launch_bounds__(kAverageThreads, 1)
     }
   } else {
     registers_grow<160>();
-    const int thread = threadIdx.x - 128, lane = thread % 32, warpgroup = thread / 128;
+    const int lane = threadIdx.x % 32, warpgroup = threadIdx.x / 128 - 1;
     // Of 8 x 8 matrices a lane's is lane / 8: columns from 0 and 8 on, then of the next 8 tokens.
-    const int matrix_row = thread % 128 / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+    const int matrix_row = threadIdx.x % 128 / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
     const uint32_t lane_at = warpgroup * kBoxBytes + swizzled(matrix_row, lane / 16);
-    const int row = thread / 32 * 16 + lane / 4;
     for (int item = first; item < items; item += step) {
-      const int group = item / slices;
+      const int group = item / slices, thread = thread_again() - 128;
       barrier_wait(1, 128 * kAverageConsumers);  // the totals of the item before are read
       const float2 top = add_blocks(totals, given, group, item % slices * kAverageChannels,
                                     first_column, thread);
       barrier_wait(1, 128 * kAverageConsumers);
-      int at = group * blocks * kGroupColumns + first_column + row;  // of m, below 2^31
+      int at = group * blocks * kGroupColumns + first_column + thread / 32 * 16 +
+               thread % 32 / 4;  // of m, below 2^31
       float next[2] = {given.most[at], given.most[at + 8]};
       Accumulators<16> sum[2];
       clear(sum[0]);

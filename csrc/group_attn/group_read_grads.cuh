@@ -16,7 +16,8 @@ constexpr int kReadGradsSums = TokenRings::bytes<ReadLine>();
 constexpr int kReadGradsMoments = kReadGradsSums + LaneSums::kBytes;
 constexpr int kReadGradsShared = kReadGradsMoments + WarpMoments::kBytes;
 
-// P and dS of 16 of 32 columns from block `first` on, of both tokens; their parts of the sums.
+// P and dS of 16 of 32 columns from block `first` on, of both tokens; their parts of the sums. Of
+// P dP + dS S, where dP is dS / (ln(2) P) + delta, each factor is made once.
 __device__ inline void make_grads(uint32_t (&weights)[2][4], uint32_t (&grads)[2][4],
                                   const Scores& scores, const Scores& products, int first,
                                   const WarpMoments& of_warp, uint32_t lines,
@@ -32,16 +33,17 @@ __device__ inline void make_grads(uint32_t (&weights)[2][4], uint32_t (&grads)[2
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const float4 line = load_line(lines + sizeof(ReadLine) * (8 * block + e));
+      const float delta = kLog2 * line.w, log_sum = line.z + 1 / kLog2;
       sums_of[e] = {line.x, line.y};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float mean = moments.mean[i], rstd = moments.rstd[i];
-        const float score = rstd * fmaf(-mean, line.x, scores[block][2 * i + e]);
-        const float product = rstd * fmaf(-mean, line.y, products[block][2 * i + e]);
-        weight[i][e] = exp2_fast(score - line.z) * rstd;
-        grad[i][e] = kLog2 * weight[i][e] * (product - line.w);
-        totals.product[i] =
-            fmaf(weight[i][e], product, fmaf(grad[i][e], score, totals.product[i]));
+        const float rstd = moments.rstd[i], slope = -moments.mean[i] * rstd;
+        const float score = fmaf(scores[block][2 * i + e], rstd, fmaf(slope, line.x, -line.z));
+        weight[i][e] = exp2_fast(score) * rstd;
+        grad[i][e] = weight[i][e] * fmaf(products[block][2 * i + e], kLog2 * rstd,
+                                         fmaf(kLog2 * slope, line.y, -delta));
+        float& total = totals.product[i];
+        total = fmaf(grad[i][e], score, fmaf(grad[i][e], log_sum, fmaf(weight[i][e], line.w, total)));
       }
     }
 #pragma unroll
@@ -49,9 +51,9 @@ __device__ inline void make_grads(uint32_t (&weights)[2][4], uint32_t (&grads)[2
       uint32_t &two = weights[i][block % 4], &two_grads = grads[i][block % 4];
       two = bf16_pair(weight[i][0], weight[i][1]);
       two_grads = bf16_pair(grad[i][0], grad[i][1]);
-      totals.u[i] +=
-          fmaf(bf16_low(two), sums_of[0].y, bf16_low(two_grads) * sums_of[0].x) +
-          fmaf(bf16_high(two), sums_of[1].y, bf16_high(two_grads) * sums_of[1].x);
+      float& total = totals.u[i];
+      total = fmaf(bf16_low(two), sums_of[0].y, fmaf(bf16_low(two_grads), sums_of[0].x, total));
+      total = fmaf(bf16_high(two), sums_of[1].y, fmaf(bf16_high(two_grads), sums_of[1].x, total));
     }
   }
   sums.set(totals);  // nothing of the next columns starts before

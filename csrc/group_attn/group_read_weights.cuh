@@ -22,7 +22,6 @@ namespace snapkernels {
 constexpr int kReadTiles = 4;
 constexpr int kReadSlots = 3;                // of each warpgroup
 constexpr int kReadParts = kScoreHalf / 64;  // products of a warpgroup
-constexpr int kReadLead = 2;                 // steps that copies are ahead; places are more
 static_assert(kScoreTokens == kGroupBlock && kScoreTokens == 128);  // a thread that copies has one
 
 // Of the tokens of a tile in twos: their rstd, then their means.
@@ -53,31 +52,34 @@ struct ReadRings {
                 base + kBarriersAt + 16 * (kReadTiles + kScoreConsumers * kReadSlots)} {}
 };
 
-// By the warpgroup that copies: threads 0 and 32 start copies, kReadLead steps before all of its
-// threads, with a token each, take the moments of what has come.
+// By the warpgroup that copies: a thread of three warps starts copies, of a warpgroup's slots or of
+// tiles, which come from further away, one step less ahead than there are places; then all threads,
+// with a token each, take the moments of what has come.
 __device__ inline void copy_and_make_moments(uint32_t base, uint8_t* shared,
                                              const CUtensorMap* patches,
                                              const CUtensorMap* absorbed, const GroupArguments& of,
                                              const ScoreWork& work) {
   const int warp = threadIdx.x / 32, rank = rank_in_cluster();
   ReadRings ahead(base, warp % kScoreConsumers);
-  const bool copies = warp < kScoreConsumers && threadIdx.x % 32 == 0;
+  const bool copies = warp <= kScoreConsumers && threadIdx.x % 32 == 0;
   int next = copies ? work.first() : work.items, next_channel = 0;
   const auto copy_step = [&] {
     if (next >= work.items) return;
     const int group = work.group(next);
-    if (warp == 0) {
+    if (warp == kScoreConsumers) {
       copy_tile(ahead.tiles, patches, next_channel, work.token(next, rank), group);
+    } else {
+      copy_piece(ahead.slots, absorbed, rank, next_channel,
+                 warp * kScoreHalf + rank * kScoreHalf / 2, group);
     }
-    copy_piece(ahead.slots, absorbed, rank, next_channel,
-               warp * kScoreHalf + rank * kScoreHalf / 2, group);
     next_channel += kScoreStep;
     if (next_channel == of.width) {
       next_channel = 0;
       next += work.step();
     }
   };
-  for (int step = 0; step < kReadLead; ++step) copy_step();
+  const int lead = (warp == kScoreConsumers ? kReadTiles : kReadSlots) - 1;
+  for (int step = 0; step < lead; ++step) copy_step();
 
   ReadRings rings(base, 0);
   for (int item = work.first(); item < work.items; item += work.step()) {

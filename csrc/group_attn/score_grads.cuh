@@ -30,15 +30,16 @@ __device__ inline uint32_t transposed(uint32_t pair) {
   return there;
 }
 
-// 16 x 8, added: rows r of `a` are of M (r + 8 are 0), with 2 q and 2 q + 1 of K, then 8 further;
-// pairs of K of column r are `b`.
-__device__ inline void multiply_small(float (&sum)[4], const uint32_t (&a)[2], uint32_t b0,
-                                      uint32_t b1) {
+// 16 x 8: rows r of `a` are of M (r + 8 are 0), with 2 q and 2 q + 1 of K, then 8 further; pairs of
+// K of column r are `b`. Added to `from`.
+__device__ inline void multiply_small(float (&sum)[4], const uint32_t (&a)[2],
+                                      const uint32_t (&b)[2], const float (&from)[4]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-      "{%4, %5, %6, %5}, {%7, %8}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(0), "r"(a[1]), "r"(b0), "r"(b1));
+      "{%4, %5, %6, %5}, {%7, %8}, {%9, %10, %11, %12};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(0), "r"(a[1]), "r"(b[0]), "r"(b[1]), "f"(from[0]), "f"(from[1]),
+        "f"(from[2]), "f"(from[3]));
 }
 
 // Volatile, or the compiler would load many ahead.
@@ -104,16 +105,16 @@ struct TokenRows {
   // r + 8 in each block of 8. What of one block does not wait for another's.
   __device__ void write_sums(const uint32_t (&grads)[2][4], float* to) const {
     uint32_t columns[4][2];
-    float sums[4][4] = {};
+    float sums[4][4];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) columns[b][i] = transposed(grads[i][b]);
     }
 #pragma unroll
-    for (int b = 0; b < 4; ++b) multiply_small(sums[b], low, columns[b][0], columns[b][1]);
+    for (int b = 0; b < 4; ++b) multiply_small(sums[b], low, columns[b], {0, 0, 0, 0});
 #pragma unroll
-    for (int b = 0; b < 4; ++b) multiply_small(sums[b], high, columns[b][0], columns[b][1]);
+    for (int b = 0; b < 4; ++b) multiply_small(sums[b], high, columns[b], sums[b]);
     const int lane = thread_again() % 32;
     if (lane < 8) {
       to += lane / 4 * kGroupColumns + 2 * (lane % 4);
@@ -186,24 +187,6 @@ struct TokenLines {
     }
   }
 };
-
-// Of 32 channels four lanes q have pairs from 8 b + 2 q on, b of 0 to 3: now they have those from
-// 8 q + 2 b on, 8 channels in a row. Its own inverse.
-__device__ inline uint4 exchanged(const uint4& pairs) {
-  const bool odd = threadIdx.x % 2, high = threadIdx.x % 4 / 2;
-  uint32_t w[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-#pragma unroll
-  for (int two = 0; two < 4; two += 2) {
-    const uint32_t other = __shfl_xor_sync(~0u, odd ? w[two] : w[two + 1], 1);
-    (odd ? w[two] : w[two + 1]) = other;
-  }
-#pragma unroll
-  for (int one = 0; one < 2; ++one) {
-    const uint32_t other = __shfl_xor_sync(~0u, high ? w[one] : w[one + 2], 2);
-    (high ? w[one] : w[one + 2]) = other;
-  }
-  return make_uint4(w[0], w[1], w[2], w[3]);
-}
 
 // Two channels of u in accumulators, with their token's line.
 __device__ inline float2 with_line(const float* pair, uint32_t x, float constant, float slope) {

@@ -240,7 +240,7 @@ _CUDA_BACKWARD = (
     ),
 )
 _CUDA_BACKWARD_READ = (
-    _cuda_backward_bug("delta left out", "(product - line.w)", "product", file="group_read_grads"),
+    _cuda_backward_bug("delta left out", "kLog2 * line.w,", "0,", file="group_read_grads"),
     _cuda_backward_bug(
         "patches' gradient with A and W of the first group",
         "(group * kGroupColumns + column) / 32",
