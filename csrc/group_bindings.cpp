@@ -11,8 +11,8 @@ using namespace snapkernels::bindings;
 
 // What both kernels over groups have in common, checked.
 snapkernels::GroupArguments group_arguments(const char* op, const Tensor& patches,
-                                            const Tensor& absorbed, const Tensor& absorbed_sum,
-                                            double eps) {
+                                            const Tensor& absorbed,
+                                            const Tensor& absorbed_sum) {
   using torch::headeronly::ScalarType;
   constexpr int64_t kColumns = snapkernels::kGroupColumns;
   STD_TORCH_CHECK(patches.dim() == 3, op, ": ranks");
@@ -30,7 +30,6 @@ snapkernels::GroupArguments group_arguments(const char* op, const Tensor& patche
   of.groups = static_cast<int>(groups);
   of.tokens = static_cast<int>(tokens);
   of.width = static_cast<int>(width);
-  of.eps = static_cast<float>(eps);
   return of;
 }
 
@@ -40,8 +39,8 @@ void group_write(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor sc
   using torch::headeronly::ScalarType;
   if (patches.numel() == 0) return;
   constexpr const char* op = "group_write";
-  snapkernels::GroupWriteArguments given{
-      group_arguments(op, patches, absorbed, absorbed_sum, eps)};
+  snapkernels::GroupWriteArguments given{group_arguments(op, patches, absorbed, absorbed_sum)};
+  given.eps = static_cast<float>(eps);
   const int64_t width = given.of.width, columns = absorbed_sum.numel();
   given.score_bias =
       data_of<float>(op, "score_bias", score_bias, ScalarType::Float, columns, patches);
@@ -63,12 +62,13 @@ void group_write(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor sc
 
 void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor norm_weight,
                 Tensor norm_bias, Tensor weights, Tensor most, Tensor sums, Tensor means,
-                Tensor context, std::optional<Tensor> average,
-                std::optional<Tensor> log_sum, double eps) {
+                Tensor context, std::optional<Tensor> average, std::optional<Tensor> log_sum,
+                std::optional<Tensor> mean, std::optional<Tensor> rstd, double eps) {
   using torch::headeronly::ScalarType;
   if (context.numel() == 0) return;
   constexpr const char* op = "group_read";
-  snapkernels::GroupReadArguments given{group_arguments(op, patches, absorbed, absorbed_sum, eps)};
+  snapkernels::GroupReadArguments given{group_arguments(op, patches, absorbed, absorbed_sum)};
+  given.eps = static_cast<float>(eps);
   const int64_t width = given.of.width, columns = absorbed_sum.numel();
   const auto bfloat16 = [&](const char* name, const Tensor& tensor, int64_t numel) {
     return data_of<void>(op, name, tensor, ScalarType::BFloat16, numel, patches);
@@ -78,9 +78,14 @@ void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor nor
   given.weights = bfloat16("weights", weights, columns * given.of.tokens);
   given.context = bfloat16("context", context, columns * width);
   given.average = average ? bfloat16("average", *average, columns * width) : nullptr;
-  given.log_sum = log_sum ? data_of<float>(op, "log_sum", *log_sum, ScalarType::Float, columns,
-                                           patches)
-                          : nullptr;
+  const auto optional = [&](const char* name, const std::optional<Tensor>& tensor, int64_t numel) {
+    return tensor ? data_of<float>(op, name, *tensor, ScalarType::Float, numel, patches) : nullptr;
+  };
+  const int64_t tokens = static_cast<int64_t>(given.of.groups) * given.of.tokens;
+  given.log_sum = optional("log_sum", log_sum, columns);
+  given.mean = optional("mean", mean, tokens);
+  given.rstd = optional("rstd", rstd, tokens);
+  STD_TORCH_CHECK(!given.mean == !given.rstd, op, ": one of mean and rstd");
   STD_TORCH_CHECK(given.of.tokens % snapkernels::kGroupBlock == 0, op, ": tokens");
   const int64_t blocks = given.of.tokens / snapkernels::kGroupBlock;
   STD_TORCH_CHECK(columns * blocks < INT32_MAX, op, ": sizes");
@@ -98,6 +103,7 @@ void group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor nor
 snapkernels::GroupGradArguments grad_arguments(const char* op, const Tensor& patches,
                                                const snapkernels::GroupArguments& of,
                                                const Tensor& rows, const Tensor& weights,
+                                               const Tensor& mean, const Tensor& rstd,
                                                const Tensor& score_grads, const Tensor& sums,
                                                const std::optional<Tensor>& out) {
   using torch::headeronly::ScalarType;
@@ -110,6 +116,9 @@ snapkernels::GroupGradArguments grad_arguments(const char* op, const Tensor& pat
   snapkernels::GroupGradArguments grads{};
   grads.rows = bfloat16("rows", rows, columns * of.width);
   grads.weights = bfloat16("weights", weights, columns * of.tokens);
+  const int64_t tokens = static_cast<int64_t>(of.groups) * of.tokens;
+  grads.mean = data_of<float>(op, "mean", mean, ScalarType::Float, tokens, patches);
+  grads.rstd = data_of<float>(op, "rstd", rstd, ScalarType::Float, tokens, patches);
   grads.score_grads = bfloat16("score_grads", score_grads, columns * of.tokens);
   grads.sums = data_of<float>(op, "sums", sums, ScalarType::Float, columns * tiles * kOfTile,
                               patches);
@@ -120,19 +129,16 @@ snapkernels::GroupGradArguments grad_arguments(const char* op, const Tensor& pat
 void group_write_backward(Tensor patches, Tensor grad, Tensor absorbed, Tensor absorbed_sum,
                           Tensor score_bias, Tensor values, Tensor weights, Tensor mean,
                           Tensor rstd, Tensor score_grads, Tensor sums, Tensor grad_sums,
-                          Tensor out, double eps) {
+                          Tensor out) {
   using torch::headeronly::ScalarType;
   if (patches.numel() == 0) return;
   constexpr const char* op = "group_write_backward";
-  const auto of = group_arguments(op, patches, absorbed, absorbed_sum, eps);
+  const auto of = group_arguments(op, patches, absorbed, absorbed_sum);
   snapkernels::GroupWriteBackwardArguments given{
-      of, grad_arguments(op, patches, of, values, weights, score_grads, sums, out)};
+      of, grad_arguments(op, patches, of, values, weights, mean, rstd, score_grads, sums, out)};
   const int64_t tiles = (of.tokens + snapkernels::kGroupBlock - 1) / snapkernels::kGroupBlock;
   given.score_bias = data_of<float>(op, "score_bias", score_bias, ScalarType::Float,
                                     absorbed_sum.numel(), patches);
-  const int64_t tokens = static_cast<int64_t>(of.groups) * of.tokens;
-  given.mean = data_of<float>(op, "mean", mean, ScalarType::Float, tokens, patches);
-  given.rstd = data_of<float>(op, "rstd", rstd, ScalarType::Float, tokens, patches);
   given.grad =
       data_of<void>(op, "grad", grad, ScalarType::BFloat16, patches.numel(), patches);
   given.grad_sums = data_of<float>(op, "grad_sums", grad_sums, ScalarType::Float,
@@ -142,15 +148,15 @@ void group_write_backward(Tensor patches, Tensor grad, Tensor absorbed, Tensor a
 }
 
 void group_read_backward(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor rows,
-                         Tensor rows_sum, Tensor log_sum, Tensor delta, Tensor weights,
-                         Tensor score_grads, Tensor sums,
-                         Tensor lines, std::optional<Tensor> out, double eps) {
+                         Tensor rows_sum, Tensor log_sum, Tensor delta, Tensor mean, Tensor rstd,
+                         Tensor weights, Tensor score_grads, Tensor sums, Tensor lines,
+                         std::optional<Tensor> out) {
   using torch::headeronly::ScalarType;
   if (patches.numel() == 0) return;
   constexpr const char* op = "group_read_backward";
-  const auto of = group_arguments(op, patches, absorbed, absorbed_sum, eps);
+  const auto of = group_arguments(op, patches, absorbed, absorbed_sum);
   snapkernels::GroupReadBackwardArguments given{
-      of, grad_arguments(op, patches, of, rows, weights, score_grads, sums, out)};
+      of, grad_arguments(op, patches, of, rows, weights, mean, rstd, score_grads, sums, out)};
   STD_TORCH_CHECK(of.tokens % snapkernels::kGroupBlock == 0, op, ": tokens");
   const auto of_columns = [&](const char* name, const Tensor& tensor) {
     return data_of<float>(op, name, tensor, ScalarType::Float, absorbed_sum.numel(), patches);
@@ -176,17 +182,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(snapkernels_cuda, m) {
       "group_read(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor norm_weight,"
       " Tensor norm_bias, Tensor(a!) weights, Tensor(b!) most, Tensor(c!) sums,"
       " Tensor(d!) means, Tensor(e!) context, Tensor(f!)? average, Tensor(g!)? log_sum,"
-      " float eps) -> ()");
+      " Tensor(h!)? mean, Tensor(i!)? rstd, float eps) -> ()");
   m.def(
       "group_write_backward(Tensor patches, Tensor grad, Tensor absorbed, Tensor absorbed_sum,"
       " Tensor score_bias, Tensor values, Tensor weights, Tensor mean, Tensor rstd,"
-      " Tensor(a!) score_grads, Tensor(b!) sums, Tensor(c!) grad_sums, Tensor(d!) out,"
-      " float eps) -> ()");
+      " Tensor(a!) score_grads, Tensor(b!) sums, Tensor(c!) grad_sums, Tensor(d!) out) -> ()");
   m.def(
       "group_read_backward(Tensor patches, Tensor absorbed, Tensor absorbed_sum, Tensor rows,"
-      " Tensor rows_sum, Tensor log_sum, Tensor delta,"
-      " Tensor(a!) weights, Tensor(b!) score_grads, Tensor(c!) sums,"
-      " Tensor(d!) lines, Tensor(e!)? out, float eps) -> ()");
+      " Tensor rows_sum, Tensor log_sum, Tensor delta, Tensor mean, Tensor rstd,"
+      " Tensor(a!) weights, Tensor(b!) score_grads, Tensor(c!) sums, Tensor(d!) lines,"
+      " Tensor(e!)? out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CUDA, m) {

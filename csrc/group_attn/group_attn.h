@@ -23,7 +23,6 @@ struct GroupArguments {
   const void* absorbed;       // A: (groups, kGroupColumns, width)
   const float* absorbed_sum;  // (groups, kGroupColumns): A summed over the width
   int groups, tokens, width;
-  float eps;
 };
 
 // patches + P values + bias, P the softmax of scores + score_bias over the columns of a head.
@@ -37,6 +36,7 @@ struct GroupWriteArguments {
   // tokens (groups, tokens).
   void* weights;
   float *mean, *rstd;
+  float eps;
 };
 
 cudaError_t group_write(const GroupWriteArguments& given, cudaStream_t stream);
@@ -53,6 +53,8 @@ struct GroupReadArguments {
   void* context;               // (heads, groups, kGroupLatents, width)
   void* average;               // likewise, without norm_weight and norm_bias; or null
   float* log_sum;              // (groups, kGroupColumns): log2 of the sum of 2^score; or null
+  float *mean, *rstd;          // of the patches: (groups, tokens); or null
+  float eps;
 };
 
 cudaError_t group_read(const GroupReadArguments& given, cudaStream_t stream);

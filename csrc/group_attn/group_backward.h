@@ -15,6 +15,7 @@ struct GroupGradArguments {
   const void* rows;             // W: (groups, kGroupColumns, width)
   void *weights, *score_grads;  // P, dS: (groups, tokens, kGroupColumns), columns in order; the
                                 // write reads P, the read makes it
+  const float *mean, *rstd;     // of the patches: (groups, tokens)
   // (groups, tokens in kSumsTokens, 2, kGroupColumns): of dS as it is rounded, times the tokens'
   // means, and without their rstd. Tiles count whole: what is beyond the tokens is 0.
   float* sums;
@@ -26,7 +27,6 @@ struct GroupWriteBackwardArguments {
   GroupGradArguments grads;
   const float* score_bias;   // (groups, kGroupColumns)
   const void* grad;          // dy: (groups, tokens, width)
-  const float *mean, *rstd;  // of the patches: (groups, tokens)
   float* grad_sums;          // (groups, tiles, width): of dy, over tiles of kGroupBlock tokens
 };
 

@@ -20,7 +20,7 @@ cudaError_t launch_weights(const GroupReadArguments& given, cudaStream_t stream)
   int blocks;
   error = blocks_of_clusters(&blocks, score_items(of), kClusterBlocks);
   if (error != cudaSuccess) return error;
-  return launch_clusters(group_read_weights_kernel, blocks, kClusterBlocks, kScoreThreads,
+  return launch_clusters(group_read_weights_kernel, blocks, kClusterBlocks, kReadThreads,
                          ReadRings::kBytes, stream, patches, absorbed, given);
 }
 

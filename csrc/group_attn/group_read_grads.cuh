@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   const int width = given.of.width, rank = rank_in_cluster();
   TokenRings rings(base);
   if (threadIdx.x == 0) {
-    rings.tiles.begin(1, 4 * kScoreConsumers);               // each warp has read it for moments
+    rings.tiles.begin(1, 4 * kScoreConsumers);               // each warp
     rings.slots.begin(1, kScoreConsumers * kClusterBlocks);  // a thread of each warpgroup
     phases_begun();
   }
@@ -126,17 +126,13 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
                          given.delta[at]};
       }
       barrier_wait(1 + warpgroup, 128);
+      of_warp.set(load_moments(given.of, given.grads, group, tile_token));
       sums.set({});
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Scores both[2];  // with A, with W
-        TokenSums of_tokens;
-        if (half == 0) {
-          make_scores<true>(both, of_tokens, rings, width);
-          of_warp.set(moments_of_rows(of_tokens, width, given.of.eps));
-        } else {
-          make_scores<false>(both, of_tokens, rings, width);
-        }
+        TokenSums nothing;
+        make_scores<false>(both, nothing, rings, width);
         if (tile_token >= given.of.tokens) continue;
 #pragma unroll
         for (int v = 0; v < kScoreHalf / 32; ++v) {

@@ -12,12 +12,17 @@
 // The product is A x^T, columns by tokens: a lane has 32 of the 128 tokens of a column, so sums
 // over tokens are additions and two shuffles. A warpgroup has 192 columns and slots of A of its
 // own; the two share only tiles of x, and one writes weights while the other multiplies. Mean and
-// rstd of the tokens are made beside, by the warpgroup that copies.
+// rstd of the tokens are made beside, by a warpgroup of their own.
 #pragma once
 
 #include "group_attn/tiles.cuh"
 
 namespace snapkernels {
+
+// One warpgroup copies, one makes moments; of the 128 registers a thread that 512 start with.
+constexpr int kReadThreads = 128 * (2 + kScoreConsumers);
+constexpr int kReadOtherRegisters = 24;
+static_assert(2 * kReadOtherRegisters + kScoreConsumers * kScoreRegisters <= 4 * 128);
 
 constexpr int kReadTiles = 4;
 constexpr int kReadSlots = 3;                // of each warpgroup
@@ -52,56 +57,60 @@ struct ReadRings {
                 base + kBarriersAt + 16 * (kReadTiles + kScoreConsumers * kReadSlots)} {}
 };
 
-// By the warpgroup that copies: a thread of three warps starts copies, of a warpgroup's slots or of
-// tiles, which come from further away, one step less ahead than there are places; then all threads,
-// with a token each, take the moments of what has come.
-__device__ inline void copy_and_make_moments(uint32_t base, uint8_t* shared,
-                                             const CUtensorMap* patches,
-                                             const CUtensorMap* absorbed, const GroupArguments& of,
-                                             const ScoreWork& work) {
+// By the first warpgroup, which copies: threads 0 and 32 the slots of a warpgroup each, 64 tiles.
+__device__ inline void copy_all(ReadRings rings, const CUtensorMap* patches,
+                                const CUtensorMap* absorbed, const GroupArguments& of,
+                                const ScoreWork& work) {
   const int warp = threadIdx.x / 32, rank = rank_in_cluster();
-  ReadRings ahead(base, warp % kScoreConsumers);
-  const bool copies = warp <= kScoreConsumers && threadIdx.x % 32 == 0;
-  int next = copies ? work.first() : work.items, next_channel = 0;
-  const auto copy_step = [&] {
-    if (next >= work.items) return;
-    const int group = work.group(next);
-    if (warp == kScoreConsumers) {
-      copy_tile(ahead.tiles, patches, next_channel, work.token(next, rank), group);
-    } else {
-      copy_piece(ahead.slots, absorbed, rank, next_channel,
-                 warp * kScoreHalf + rank * kScoreHalf / 2, group);
+  if (threadIdx.x % 32 == 0 && warp < kScoreConsumers) {
+    const int row = warp * kScoreHalf + rank * kScoreHalf / 2;
+#pragma unroll 1
+    for (int item = work.first(); item < work.items; item += work.step()) {
+#pragma unroll 1
+      for (int channel = 0; channel < of.width; channel += kScoreStep) {
+        copy_piece(rings.slots, absorbed, rank, channel, row, work.group(item));
+      }
     }
-    next_channel += kScoreStep;
-    if (next_channel == of.width) {
-      next_channel = 0;
-      next += work.step();
+  } else if (threadIdx.x == 32 * kScoreConsumers) {
+#pragma unroll 1
+    for (int item = work.first(); item < work.items; item += work.step()) {
+#pragma unroll 1
+      for (int channel = 0; channel < of.width; channel += kScoreStep) {
+        copy_tile(rings.tiles, patches, channel, work.token(item, rank), work.group(item));
+      }
     }
-  };
-  const int lead = (warp == kScoreConsumers ? kReadTiles : kReadSlots) - 1;
-  for (int step = 0; step < lead; ++step) copy_step();
+  }
+}
 
-  ReadRings rings(base, 0);
+// By the second, with a token in each thread.
+__device__ inline void make_moments(ReadRings rings, uint8_t* shared,
+                                    const GroupReadArguments& given, const ScoreWork& work) {
+  const GroupArguments& of = given.of;
+  const int token = threadIdx.x % 128;
   for (int item = work.first(); item < work.items; item += work.step()) {
     TokenSums sums;
     for (int channel = 0; channel < of.width; channel += kScoreStep) {
-      copy_step();
-      __syncwarp();
       rings.tiles.wait_full();
-      sums.add<8>(rings.tiles.place(), threadIdx.x, 0, channel == 0);
+      sums.add<8>(rings.tiles.place(), token, 0, channel == 0);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) phase_arrive(rings.tiles.free());
+      if (token % 32 == 0) phase_arrive(rings.tiles.free());
       rings.tiles.next();
     }
     rings.moments.wait_free();
     auto& moments =
         reinterpret_cast<TileMoments*>(shared + ReadRings::kMomentsAt)[rings.moments.at];
-    const float2 found = sums.mean_rstd(of.width, of.eps);
-    moments.twos[threadIdx.x / 2][threadIdx.x % 2] = found.y;
-    moments.twos[threadIdx.x / 2][2 + threadIdx.x % 2] = found.x;
+    const float2 found = sums.mean_rstd(of.width, given.eps);
+    moments.twos[token / 2][token % 2] = found.y;
+    moments.twos[token / 2][2 + token % 2] = found.x;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) phase_arrive(rings.moments.full());
+    if (token % 32 == 0) phase_arrive(rings.moments.full());
     rings.moments.next();
+    const int of_group = work.token(item, rank_in_cluster()) + token;
+    if (given.mean != nullptr && of_group < of.tokens) {
+      const int64_t at = static_cast<int64_t>(work.group(item)) * of.tokens + of_group;
+      given.mean[at] = found.x;
+      given.rstd[at] = found.y;
+    }
   }
 }
 
@@ -149,7 +158,7 @@ __device__ inline void make_products(Products& products, ReadRings& rings, int w
 
 // By a warpgroup: the sums of A of its columns.
 __device__ inline void load_totals(float* totals, const float* from) {
-  const uint32_t thread = thread_again(), warpgroup = thread / 128 - 1;
+  const uint32_t thread = thread_again(), warpgroup = thread / 128 - 2;
   barrier_wait(1 + warpgroup, 128);  // those of the item before are read
   for (uint32_t column = thread % 128; column < kScoreHalf; column += 128) {
     totals[warpgroup * kScoreHalf + column] = from[warpgroup * kScoreHalf + column];
@@ -176,7 +185,7 @@ __device__ inline float4 load_two(const TileMoments& moments, int token) {
 // A lane's first column of part `part` of its warpgroup's; made again where it is wanted.
 __device__ inline int column_of_lane(int part) {
   const uint32_t thread = thread_again();
-  return (thread / 128 - 1) * kScoreHalf + part * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
+  return (thread / 128 - 2) * kScoreHalf + part * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
 }
 
 __device__ inline int pair_of_lane() { return 2 * (thread_again() % 4); }
@@ -232,7 +241,7 @@ __device__ inline void write_weights(const Accumulators<kScoreTokens / 8>& produ
   }
 }
 
-__global__ void __launch_bounds__(kScoreThreads, 1)
+__global__ void __launch_bounds__(kReadThreads, 1)
     group_read_weights_kernel(const __grid_constant__ CUtensorMap patches,
                               const __grid_constant__ CUtensorMap absorbed,
                               GroupReadArguments given) {
@@ -253,12 +262,16 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   after_kernel_before();
 
   if (threadIdx.x < 128) {
-    registers_shrink<kCopierRegisters>();
-    copy_and_make_moments(base, shared, &patches, &absorbed, given.of, work);
+    registers_shrink<kReadOtherRegisters>();
+    copy_all(ReadRings(base, threadIdx.x / 32 % kScoreConsumers), &patches, &absorbed, given.of,
+             work);
+  } else if (threadIdx.x < 256) {
+    registers_shrink<kReadOtherRegisters>();
+    make_moments(ReadRings(base, 0), shared, given, work);
   } else {
     registers_grow<kScoreRegisters>();
     auto* totals = reinterpret_cast<float*>(shared + ReadRings::kTotalsAt);
-    ReadRings rings(base, threadIdx.x / 128 - 1);
+    ReadRings rings(base, threadIdx.x / 128 - 2);
     for (int item = work.first(); item < work.items; item += work.step()) {
       load_totals(totals, given.of.absorbed_sum + work.group(item) * kGroupColumns);
       Products products;

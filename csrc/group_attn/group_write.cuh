@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
         Scores scores[1];
         TokenSums sums;
         make_scores<true>(scores, sums, rings, width);
-        const Moments moments = moments_of_rows(sums, width, given.of.eps);
+        const Moments moments = moments_of_rows(sums, width, given.eps);
         softmax_heads<kLatents>(weights[0], scores[0], moments, lines);
         if (given.weights != nullptr) {
           write_half(weights[0], given.weights, 0, given.of, group, work.token(item, rank));

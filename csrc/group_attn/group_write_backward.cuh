@@ -66,21 +66,6 @@ __device__ inline void load_half(HalfWeights& weights, const void* all, int half
   }
 }
 
-// Of a lane's tokens; beyond them 0 and 1.
-__device__ inline Moments load_moments(const GroupWriteBackwardArguments& given, int group,
-                                       int tile_token) {
-  const int token = tile_token + token_of_lane();
-  const int64_t at = static_cast<int64_t>(group) * given.of.tokens + token;
-  Moments moments;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool some = token + 8 * i < given.of.tokens;
-    moments.mean[i] = some ? given.mean[at + 8 * i] : 0;
-    moments.rstd[i] = some ? given.rstd[at + 8 * i] : 1;
-  }
-  return moments;
-}
-
 // dS of a head of a half, in place of P, from dP; what a lane adds to the sums of its tokens.
 template <int kLatents>
 __device__ inline void grads_of_head(HalfWeights& weights, const Scores& products, int head,
@@ -276,7 +261,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
       }
       barrier_wait(1 + warpgroup, 128);
       HalfWeights weights[2];  // which become dS
-      of_warp.set(load_moments(given, group, tile_token));
+      of_warp.set(load_moments(given.of, given.grads, group, tile_token));
       sums.set({});
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -52,6 +52,21 @@ __device__ inline float4 load_line(uint32_t address) {
   return line;
 }
 
+// Of a lane's tokens; beyond them 0 and 1.
+__device__ inline Moments load_moments(const GroupArguments& of, const GroupGradArguments& grads,
+                                       int group, int tile_token) {
+  const int token = tile_token + token_of_lane();
+  const int64_t at = static_cast<int64_t>(group) * of.tokens + token;
+  Moments moments;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool some = token + 8 * i < of.tokens;
+    moments.mean[i] = some ? grads.mean[at + 8 * i] : 0;
+    moments.rstd[i] = some ? grads.rstd[at + 8 * i] : 1;
+  }
+  return moments;
+}
+
 // Of a warp's 16 tokens, in shared memory, since registers are short: mean and rstd in turns.
 struct WarpMoments {
   static constexpr int kBytes = 128 * 4 * kScoreConsumers;

@@ -225,13 +225,13 @@ def _cuda_backward_bug(
 _CUDA_BACKWARD = (
     _cuda_backward_bug(
         "LayerNorm's mean of the gradient left in",
-        "moments.mean[i] * slope[i] - over_row(found.x) / width",
+        "moments.mean[i] * slope[i] - over_row(found.u[i]) / width",
         "moments.mean[i] * slope[i]",
         file="score_grads",
     ),
     _cuda_backward_bug(
         "LayerNorm's second term left out",
-        "moments.rstd[i] * over_row(found.y) / width",
+        "moments.rstd[i] * over_row(found.product[i]) / width",
         "0",
         file="score_grads",
     ),
@@ -266,7 +266,7 @@ _CUDA_BACKWARD_WRITE = (
     ),
     _cuda_backward_bug(
         "gradient of the score bias with standard deviations",
-        "(row == 1) * reciprocal_fast(rstd)",
+        "(row == 1) * reciprocal_fast(two.y)",
         "(row == 1)",
         file="score_grads",
     ),

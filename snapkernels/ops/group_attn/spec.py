@@ -123,6 +123,8 @@ GROUP_READ = Spec(
         "heads": Tensor("B G L I"),
         "rest": Tensor("B G L I"),
         "log_sum": Tensor("B G num_heads L", dtype=FP32),
+        "mean": Tensor("B G N", dtype=FP32),
+        "rstd": Tensor("B G N", dtype=FP32),
     },
     keeps=cost.read_keeps,
     backends=(

@@ -54,8 +54,8 @@ class WriteGrads(NamedTuple):
     grad_sums: torch.Tensor
 
 
-# (x_GNC, A, W, log_sum_GJ, mask_GN, average_HRC, num_heads, eps, of_patches=): W has the number
-# delta.
+# (x_GNC, A, W, log_sum_GJ, mask_GN, mean_GN, rstd_GN, average_HRC, num_heads, eps, of_patches=): W
+# has the number delta.
 ReadPasses = Callable[..., ReadGrads]
 # (x_GND, dy_GND, A, W_GJD, P_GNJ, mean_GN, rstd_GN, num_heads, eps): A has the scores' bias.
 WritePasses = Callable[..., WriteGrads]
@@ -69,6 +69,8 @@ def group_read_backward(
     heads: torch.Tensor,
     rest: torch.Tensor,
     log_sum: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
     latents: torch.Tensor,
     patches: torch.Tensor,
     w: CrossAttentionWeights,
@@ -96,8 +98,8 @@ def group_read_backward(
         d_heads_RI, w.v_weight, w.kv_norm_weight, average_HRC, num_heads, groups,
     )  # fmt: skip
     dA_HRC, dx_GNC = passes(
-        x_GNC, A, W, log_sum.flatten(0, 1).flatten(1), mask_GN, average_HRC, num_heads, eps,
-        of_patches=needs[1],
+        x_GNC, A, W, log_sum.flatten(0, 1).flatten(1), mask_GN, mean.flatten(0, 1),
+        rstd.flatten(0, 1), average_HRC, num_heads, eps, of_patches=needs[1],
     )  # fmt: skip
     dx = None if dx_GNC is None else dx_GNC.view(patches.shape)
 

@@ -24,7 +24,7 @@ def _average(
     eps: float,
     *,
     saving: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, ...]:
     assert mask_GN is None
     groups, tokens, width = x_GNC.shape
     columns = A.sums.shape[1]
@@ -32,8 +32,10 @@ def _average(
     blocks = groups, tokens // CUDA_READ_TOKENS, columns
     most, sums, means = (A.sums.new_empty(blocks) for _ in range(3))
     context_HRC = x_GNC.new_empty(num_heads, groups * columns // num_heads, width)
-    average_HRC = torch.empty_like(context_HRC) if saving else None
-    log_sum_GJ = torch.empty_like(A.sums) if saving else None
+    saved: list[torch.Tensor] = []
+    if saving:
+        moments = (A.sums.new_empty(groups, tokens) for _ in range(2))
+        saved = [torch.empty_like(context_HRC), torch.empty_like(A.sums), *moments]
     torch.ops.snapkernels_cuda.group_read(
         x_GNC,
         A.rows,
@@ -45,11 +47,10 @@ def _average(
         sums,
         means,
         context_HRC,
-        average_HRC,
-        log_sum_GJ,
+        *(saved or [None] * 4),
         eps,
     )
-    return context_HRC, average_HRC, log_sum_GJ
+    return context_HRC, *saved
 
 
 def _written(

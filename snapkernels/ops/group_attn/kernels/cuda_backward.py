@@ -23,6 +23,8 @@ def _read(
     W: Absorbed,
     log_sum_GJ: torch.Tensor,
     mask_GN: torch.Tensor | None,
+    mean_GN: torch.Tensor,
+    rstd_GN: torch.Tensor,
     average_HRC: torch.Tensor,
     num_heads: int,
     eps: float,
@@ -35,8 +37,8 @@ def _read(
     lines_GN2 = A.sums.new_empty(*x_GNC.shape[:2], 2)
     dx_GNC = torch.empty_like(x_GNC) if of_patches else None
     torch.ops.snapkernels_cuda.group_read_backward(
-        x_GNC, A.rows, A.sums, W.rows, W.sums, log_sum_GJ, W.number,
-        P_GNJ, dS_GNJ, sums, lines_GN2, dx_GNC, eps,
+        x_GNC, A.rows, A.sums, W.rows, W.sums, log_sum_GJ, W.number, mean_GN, rstd_GN,
+        P_GNJ, dS_GNJ, sums, lines_GN2, dx_GNC,
     )  # fmt: skip
     product_GJC = torch.bmm(dS_GNJ.mT, x_GNC, out_dtype=torch.float32)
     dA_HRC, _ = triton_sum_ends.scores_sums(product_GJC, sums, num_heads, average_HRC=average_HRC)
@@ -62,7 +64,7 @@ def _write(
     dx_GND = torch.empty_like(x_GND)
     torch.ops.snapkernels_cuda.group_write_backward(
         x_GND, dy_GND, A.rows, A.sums, A.number, W_GJD, P_GNJ, mean_GN, rstd_GN, dS_GNJ, sums,
-        dy_sums, dx_GND, eps,
+        dy_sums, dx_GND,
     )  # fmt: skip
     product_GJD = torch.bmm(dS_GNJ.mT, x_GND, out_dtype=torch.float32)
     dA_HRD, d_bias_HR = triton_sum_ends.scores_sums(product_GJD, sums, num_heads)

@@ -28,6 +28,8 @@ def _read(
     W: Absorbed,
     log_sum_GJ: torch.Tensor,
     mask_GN: torch.Tensor | None,
+    mean_GN: torch.Tensor,
+    rstd_GN: torch.Tensor,
     average_HRC: torch.Tensor,
     num_heads: int,
     eps: float,
@@ -36,10 +38,10 @@ def _read(
 ) -> ReadGrads:
     scores = read_scores(x_GNC, A.rows, A.sums, mask_GN, num_heads, eps)
     grads = read_score_grads(x_GNC, W, A.sums, log_sum_GJ, scores, num_heads)
-    dA_HRC = scores_sums(x_GNC, grads, scores.mean, num_heads, average_HRC=average_HRC)
+    dA_HRC = scores_sums(x_GNC, grads, mean_GN, num_heads, average_HRC=average_HRC)
     dx_GNC = None
     if of_patches:
-        dx_GNC = read_patch_grads(x_GNC, scores.mean, scores.rstd, grads, A.rows, scores.P, W.rows)
+        dx_GNC = read_patch_grads(x_GNC, mean_GN, rstd_GN, grads, A.rows, scores.P, W.rows)
     return ReadGrads(dA_HRC, dx_GNC)
 
 

@@ -25,12 +25,14 @@ def _average(
     eps: float,
     *,
     saving: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, ...]:
     scores = read_scores(x_GNC, A.rows, A.sums, mask_GN, num_heads, eps)
     context_HRC, average_HRC = average(
         x_GNC, scores, w.kv_norm_weight, w.kv_norm_bias, num_heads, saving=saving
     )
-    return context_HRC, average_HRC, log_sums(scores) if saving else None
+    if average_HRC is None:
+        return (context_HRC,)
+    return context_HRC, average_HRC, log_sums(scores), scores.mean, scores.rstd
 
 
 def _written(
