@@ -250,6 +250,36 @@ def test_the_ends_of_sums_that_were_products_in_order(rng):
     assert torch.equal(dW, by_head(sums.bfloat16()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("inner", "width"), [(40, 72), (130, 20)])
+def test_the_gradients_of_an_absorbed_matrix(inner, width, biased, dtype, rng):
+    """Against float64, of scaled = weight gain scale and shifted = weight shift, by autograd."""
+    from snapkernels.ops.group_attn.kernels import triton_weight_grads
+
+    shapes = (width, inner), (width,), (width,)
+    weight, gain, shift = (torch.randn(one, generator=rng).to(dtype) for one in shapes)
+    weight, scale = weight.t(), log2(2.7) / 3
+    d_scaled = torch.randn(inner, width, generator=rng)
+    d_shifted = torch.randn(inner, generator=rng) * biased
+    wide = [one.double().requires_grad_() for one in (weight, gain, shift)]
+    exact = wide[0] * wide[1] * scale, wide[0] @ wide[2]
+    exact_grads = torch.autograd.grad(exact, wide, (d_scaled.double(), d_shifted.double()))
+    call = weight, gain, shift, scale, d_scaled, d_shifted
+    with nan_filled():
+        made = triton_weight_grads.of_absorbed(*call, again=True)
+        some = triton_weight_grads.of_absorbed(*call, again=False)
+    assert made.weight.dtype == made.scaled.dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    assert relative_rms(made.weight, exact_grads[0]) < rounding
+    assert relative_rms(made.scaled, exact[0].detach()) < rounding
+    assert relative_rms(made.gain, exact_grads[1]) < 1e-6
+    assert torch.allclose(made.shift.double(), exact_grads[2], atol=1e-4)
+    assert torch.allclose(made.shifted.sum(0).double(), exact[1].detach(), atol=1e-5)
+    assert all(map(torch.equal, made[:3], some[:3]))
+    assert not some.scaled.numel() and not some.shifted.numel()
+
+
 @pytest.mark.parametrize("latents", [1, 5, 8, 16, 17, 24, 31, 64, 96, 100, 128])
 @pytest.mark.parametrize("heads", [1, 3, 16])
 @pytest.mark.parametrize("item", [2, 4])

@@ -107,6 +107,36 @@ _BACKWARD = (
         "tl.dot(tl.trans(P_MJ), x_MD, sum_JD, ",
         "tl.dot(tl.trans(P_MJ), x_MD, ",
     ),
+    _backward_bug(
+        "bias left out of a matrix's gradient",
+        "triton_weight_grads",
+        "+ d_shifted_I[:, None] * shift_C[None, :]",
+        "",
+    ),
+    _backward_bug(
+        "gain left out of a matrix's gradient",
+        "triton_weight_grads",
+        "d_scaled_IC * gain_C[None, :]",
+        "d_scaled_IC * scale",
+    ),
+    _backward_bug(
+        "gain's gradient of the first rows only",
+        "triton_weight_grads",
+        "tl.sum(d_scaled_IC * weight_IC, axis=0)",
+        "tl.sum(d_scaled_IC * weight_IC * (i_I < 4)[:, None], axis=0)",
+    ),
+    _backward_bug(
+        "shift's gradient of the first rows only",
+        "triton_weight_grads",
+        "tl.sum(d_shifted_I[:, None] * weight_IC, axis=0)",
+        "tl.sum(d_shifted_I[:, None] * weight_IC * (i_I < 4)[:, None], axis=0)",
+    ),
+    _backward_bug(
+        "latents' gradient without the gain",
+        "triton_weight_grads",
+        "scaled_IC = weight_IC * gain_C[None, :]",
+        "scaled_IC = weight_IC * scale",
+    ),
 )
 _BACKWARD_READ = (
     _backward_bug("delta left out", "triton_score_grads", "(dP_MS - delta_S[None, :])", "dP_MS"),
@@ -142,6 +172,12 @@ _BACKWARD_WRITE = (
         "triton_score_grads",
         "tl.sum(dS_MS, axis=0)",
         "0 * tl.sum(dS_MS, axis=0)",
+    ),
+    _backward_bug(
+        "shift left out of the latents' gradient",
+        "triton_weight_grads",
+        "tl.sum(weight_IC * shift_C[None, :], axis=1)",
+        "tl.sum(0 * weight_IC, axis=1)",
     ),
     _backward_bug(
         "standard deviation left out", "triton_score_grads", "dS_MS *= rstd_M[:, None]", "pass"

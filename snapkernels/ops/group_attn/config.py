@@ -45,6 +45,11 @@ TRITON_ENDS_COLUMNS = 32
 TRITON_ENDS_CHANNELS = 128
 TRITON_ENDS_WARPS = 4
 
+# Gradients of an absorbed matrix: of 1024 x 1024, 256 programs and 16 parts of each sum.
+TRITON_WEIGHT_ROWS = 64
+TRITON_WEIGHT_CHANNELS = 64
+TRITON_WEIGHT_WARPS = 4
+
 TRITON_NORM_WARPS = 4  # for a row of latents: 3.4 us of 768 rows, 4.5 with 8
 
 # The latents' small products: at 768 rows, 192 to 288 programs for 132 multiprocessors.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from snapkernels.ops.group_attn.kernels import latents_grads, triton_latents
+from snapkernels.ops.group_attn.kernels import latents_grads, triton_latents, triton_weight_grads
 from snapkernels.ops.group_attn.kernels.absorbed import absorbed_keys, read_mask, score_scale
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 
@@ -104,13 +104,17 @@ def group_read_backward(
     dx = None if dx_GNC is None else dx_GNC.view(patches.shape)
 
     # A = gain a scale, a = q_h W_k,h; the heads are (average gain + shift) W_v,h^T + b_v.
-    gain_C, shift_C = w.kv_norm_weight.float(), w.kv_norm_bias.float()
-    k_weight_IC, of_scores_C = w.k_weight.float(), gain_C * scale
-    of_keys_IC = latents_grads.matrix_grads(q_RI, dA_HRC)
-    of_values_IC = latents_grads.matrix_grads(d_heads_RI, average_HRC)
+    d_k_bias_I = torch.zeros_like(w.k_bias)  # a number added to all scores of a latent
     d_v_bias_I = latents_grads.sums(d_heads_RI)
-    of_gain_IC = torch.addcmul(of_values_IC * w.v_weight, of_keys_IC, k_weight_IC, value=scale)
-    d_q_RI = triton_latents.heads_of(dA_HRC, (k_weight_IC * of_scores_C).to(q_RI.dtype))
+    of_keys = triton_weight_grads.of_absorbed(
+        w.k_weight, w.kv_norm_weight, w.kv_norm_bias, scale,
+        latents_grads.matrix_grads(q_RI, dA_HRC), d_k_bias_I, again=True,
+    )  # fmt: skip
+    of_values = triton_weight_grads.of_absorbed(
+        w.v_weight, w.kv_norm_weight, w.kv_norm_bias, 1.0,
+        latents_grads.matrix_grads(d_heads_RI, average_HRC), d_v_bias_I, again=False,
+    )  # fmt: skip
+    d_q_RI = triton_latents.heads_of(dA_HRC, of_keys.scaled)
     d_q_weight, d_q_bias = d_q_RI.T @ normed.rows, latents_grads.sums(d_q_RI)
     dz_RD, d_q_norm_weight, d_q_norm_bias = latents_grads.normed_grads(
         d_q_RI @ w.q_weight, z_RD, normed, w.q_norm_weight, w.q_norm_bias
@@ -118,13 +122,13 @@ def group_read_backward(
     d_weights = CrossAttentionWeights(
         q_norm_weight=d_q_norm_weight,
         q_norm_bias=d_q_norm_bias,
-        kv_norm_weight=of_gain_IC.sum(0),
-        kv_norm_bias=d_v_bias_I @ w.v_weight.float(),
+        kv_norm_weight=of_keys.gain + of_values.gain,
+        kv_norm_bias=of_values.shift,
         q_weight=d_q_weight,
         q_bias=d_q_bias,
-        k_weight=of_keys_IC * of_scores_C,
-        k_bias=torch.zeros_like(w.k_bias),  # a number added to all scores of a latent
-        v_weight=torch.addcmul(d_v_bias_I[:, None] * shift_C, of_values_IC, gain_C),
+        k_weight=of_keys.weight,
+        k_bias=d_k_bias_I,
+        v_weight=of_values.weight,
         v_bias=d_v_bias_I,
         o_weight=d_o_weight,
         o_bias=latents_grads.sums(dy_RD),
@@ -167,26 +171,27 @@ def group_write_backward(
     d_o_weight = latents_grads.matrix_grads(v_RI, dW_HRD).T
     # A = gain a scale, a = k_h W_q,h, and the scores' bias is (shift . a + k_h . b_q) scale.
     scale = score_scale(k_RI, num_heads)
-    of_scores_D, shift_D = w.q_norm_weight.float() * scale, w.q_norm_bias.float()
-    q_weight_ID, d_bias_HR = w.q_weight.float(), d_bias_HR * scale
-    of_bias_I = (latents_grads.by_head(k_RI, num_heads) * d_bias_HR[:, :, None]).sum(1).flatten()
-    of_queries_ID = latents_grads.matrix_grads(k_RI, dA_HRD)
-    d_k_RI = triton_latents.heads_of(
-        dA_HRD, (q_weight_ID * of_scores_D).to(k_RI.dtype), w.q_bias + q_weight_ID @ shift_D,
-        d_bias_HR,
+    d_bias_HR = d_bias_HR * scale
+    d_q_bias_I = (latents_grads.by_head(k_RI, num_heads) * d_bias_HR[:, :, None]).sum(1).flatten()
+    of_queries = triton_weight_grads.of_absorbed(
+        w.q_weight, w.q_norm_weight, w.q_norm_bias, scale,
+        latents_grads.matrix_grads(k_RI, dA_HRD), d_q_bias_I, again=True,
     )  # fmt: skip
+    d_k_RI = triton_latents.heads_of(
+        dA_HRD, of_queries.scaled, w.q_bias + of_queries.shifted.sum(0), d_bias_HR
+    )
 
     d_normed_RC = torch.addmm(d_k_RI @ w.k_weight, d_v_RI, w.v_weight)
     dz_RC, d_kv_norm_weight, d_kv_norm_bias = latents_grads.normed_grads(
         d_normed_RC, z_RC, normed, w.kv_norm_weight, w.kv_norm_bias
     )
     d_weights = CrossAttentionWeights(
-        q_norm_weight=(of_queries_ID * q_weight_ID).sum(0) * scale,
-        q_norm_bias=of_bias_I @ q_weight_ID,
+        q_norm_weight=of_queries.gain,
+        q_norm_bias=of_queries.shift,
         kv_norm_weight=d_kv_norm_weight,
         kv_norm_bias=d_kv_norm_bias,
-        q_weight=torch.addcmul(of_bias_I[:, None] * shift_D, of_queries_ID, of_scores_D),
-        q_bias=of_bias_I,
+        q_weight=of_queries.weight,
+        q_bias=d_q_bias_I,
         k_weight=d_k_RI.T @ normed.rows,
         k_bias=torch.zeros_like(w.k_bias),  # a number added to all scores of a head of a patch
         v_weight=d_v_RI.T @ normed.rows,
