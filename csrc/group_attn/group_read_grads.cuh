@@ -16,8 +16,8 @@ constexpr int kReadGradsSums = TokenRings::bytes<ReadLine>();
 constexpr int kReadGradsMoments = kReadGradsSums + LaneSums::kBytes;
 constexpr int kReadGradsShared = kReadGradsMoments + WarpMoments::kBytes;
 
-// P and dS of 16 of 32 columns from block `first` on, of both tokens; their parts of the sums. Of
-// P dP + dS S, where dP is dS / (ln(2) P) + delta, each factor is made once.
+// P and dS of 16 columns from block `first` on, of both tokens, and their parts of the sums: since
+// dP is dS / (ln(2) P) + delta, P dP + dS S is P delta + dS (S + 1 / ln(2)), S here less log_sum.
 __device__ inline void make_grads(uint32_t (&weights)[2][4], uint32_t (&grads)[2][4],
                                   const Scores& scores, const Scores& products, int first,
                                   const WarpMoments& of_warp, uint32_t lines,
@@ -43,7 +43,8 @@ __device__ inline void make_grads(uint32_t (&weights)[2][4], uint32_t (&grads)[2
         grad[i][e] = weight[i][e] * fmaf(products[block][2 * i + e], kLog2 * rstd,
                                          fmaf(kLog2 * slope, line.y, -delta));
         float& total = totals.product[i];
-        total = fmaf(grad[i][e], score, fmaf(grad[i][e], log_sum, fmaf(weight[i][e], line.w, total)));
+        total = fmaf(weight[i][e], line.w, total);
+        total = fmaf(grad[i][e], score, fmaf(grad[i][e], log_sum, total));
       }
     }
 #pragma unroll

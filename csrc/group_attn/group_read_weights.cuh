@@ -27,7 +27,7 @@ static_assert(2 * kReadOtherRegisters + kScoreConsumers * kScoreRegisters <= 4 *
 constexpr int kReadTiles = 4;
 constexpr int kReadSlots = 3;                // of each warpgroup
 constexpr int kReadParts = kScoreHalf / 64;  // products of a warpgroup
-static_assert(kScoreTokens == kGroupBlock && kScoreTokens == 128);  // a thread that copies has one
+static_assert(kScoreTokens == kGroupBlock && kScoreTokens == 128);  // moments: one a thread
 
 // Of the tokens of a tile in twos: their rstd, then their means.
 struct TileMoments {

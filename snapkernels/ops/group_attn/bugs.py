@@ -276,6 +276,12 @@ _CUDA_BACKWARD = (
     ),
 )
 _CUDA_BACKWARD_READ = (
+    _cuda_backward_bug(
+        "means not kept",
+        "given.mean[at] = found.x",
+        "given.mean[at] = 0",
+        file="group_read_weights",
+    ),
     _cuda_backward_bug("delta left out", "kLog2 * line.w,", "0,", file="group_read_grads"),
     _cuda_backward_bug(
         "patches' gradient with A and W of the first group",

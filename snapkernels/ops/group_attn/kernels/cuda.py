@@ -32,10 +32,10 @@ def _average(
     blocks = groups, tokens // CUDA_READ_TOKENS, columns
     most, sums, means = (A.sums.new_empty(blocks) for _ in range(3))
     context_HRC = x_GNC.new_empty(num_heads, groups * columns // num_heads, width)
-    saved: list[torch.Tensor] = []
+    saved: tuple[torch.Tensor, ...] = ()
     if saving:
         moments = (A.sums.new_empty(groups, tokens) for _ in range(2))
-        saved = [torch.empty_like(context_HRC), torch.empty_like(A.sums), *moments]
+        saved = (torch.empty_like(context_HRC), torch.empty_like(A.sums), *moments)
     torch.ops.snapkernels_cuda.group_read(
         x_GNC,
         A.rows,
@@ -47,7 +47,7 @@ def _average(
         sums,
         means,
         context_HRC,
-        *(saved or [None] * 4),
+        *(saved or (None,) * 4),
         eps,
     )
     return context_HRC, *saved
