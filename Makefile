@@ -4,7 +4,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 export VENV PYTHON TORCH_INDEX_URL
 
-.PHONY: throughput test lint ext clean
+.PHONY: throughput test lint ext mutants clean
 
 throughput: $(READY)
 	$(VENV)/bin/python bench/throughput.py $(ARGS)
@@ -20,6 +20,10 @@ lint: $(READY)
 # The CUDA kernels, for which the machine needs nvcc and g++ but no GPU.
 ext: $(READY)
 	SNAPKERNELS_BUILD=1 $(VENV)/bin/python setup.py build_ext --inplace
+
+# Their seeded bugs, for the tests of a machine with a GPU that has no compiler or no time for it.
+mutants: ext
+	$(VENV)/bin/python -m snapkernels.testing.mutants
 
 clean:
 	rm -rf $(VENV) build *.egg-info snapkernels/_cuda.so

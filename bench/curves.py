@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,7 +22,7 @@ from snapkernels import dispatch, forward_process, library
 from snapkernels.roofline import measure_ceilings, short_name
 from snapkernels.spec import Backend, Spec
 from snapkernels.testing.load import Load
-from snapkernels.testing.record import new_record, write
+from snapkernels.testing.record import new_record, record_path, write
 from snapkernels.testing.timing import Timing
 from snapvideo_core import (
     FIT,
@@ -327,11 +326,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=positive_int, default=500, help="of each training (500)")
     parser.add_argument("--batch", type=positive_int, default=2, help="videos of a step (2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    args = parser.parse_args(arguments)
-    if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
-        parser.error(f"--json {args.json}: it must be a file in a folder that exists")
-    return args
+    parser.add_argument("--json", type=record_path, metavar="FILE", help="write the record here")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from snapkernels.testing.cases import call, make_values, prepare
 from snapkernels.testing.cost import compulsory_bytes, floor_ms, flops
 from snapkernels.testing.load import Load
 from snapkernels.testing.proofs import judge
-from snapkernels.testing.record import new_record, write
+from snapkernels.testing.record import file_path, new_record, record_path, write
 
 LAYERS = ("group_read", "group_write")
 # Whole groups of 4608 but for the ends: one group that is smaller, and 256 of 4096.
@@ -243,12 +243,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the rows here")
+    parser.add_argument("--json", type=record_path, metavar="FILE", help="write the record here")
+    parser.add_argument("--figure", type=file_path, metavar="FILE.png", help="draw the rows here")
     args = parser.parse_args(arguments)
-    for path in (args.json, args.figure):
-        if path and (path.is_dir() or not path.resolve().parent.is_dir()):
-            parser.error(f"{path}: it must be a file in a folder that exists")
     if args.figure and find_spec("matplotlib") is None:
         parser.error("--figure needs the package matplotlib: pip install matplotlib")
     return args

@@ -5,7 +5,6 @@ python bench/throughput.py --preset 3.9b --batch 16 --mode infer --json figures.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from workload import Batch, build_model, load_batch
 
 from snapkernels.roofline import measure_ceilings, short_name
 from snapkernels.testing.load import Load
-from snapkernels.testing.record import RECORDS, new_record, newest, write
+from snapkernels.testing.record import RECORDS, new_record, newest, record_path, write
 from snapkernels.testing.timing import measure
 from snapvideo_core import (
     FIT,
@@ -345,13 +344,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--framerate", type=_positive_float, default=24.0, help="frames/s of the clip read"
     )
     parser.add_argument("--repeats", type=positive_int, help="default: 20 on a GPU, else 3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    args = parser.parse_args(arguments)
-    if args.json and args.json.is_dir():
-        parser.error(f"--json {args.json}: is a folder, not a file")
-    if args.json and not os.access(args.json.resolve().parent, os.W_OK):
-        parser.error(f"--json {args.json}: its folder does not exist or cannot be written to")
-    return args
+    parser.add_argument("--json", type=record_path, metavar="FILE", help="write the record here")
+    return parser.parse_args(arguments)
 
 
 def positive_int(text: str) -> int:

@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +64,6 @@ def _check(args: argparse.Namespace) -> int:
         # Triton reads this when it is imported, so it takes a new process.
         command = [sys.executable, "-m", "snapkernels", *sys.argv[1:]]
         os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
-    _refuse_missing_folder(args.stamp)
     chosen = [proof for proof in proofs.proofs() if args.only in proof.id]
     if not chosen:
         raise ValueError(f"no proof has {args.only!r} in its name")
@@ -98,7 +96,6 @@ def _check(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     device = _device()
-    _refuse_missing_folder(args.json)
     tier = "paper" if device.type == "cuda" else "cpu"
     named = [
         (op, case)
@@ -177,11 +174,6 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _refuse_missing_folder(path: Path | None) -> None:
-    if path and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise ValueError(f"{path}: it must be a file in a folder that exists")
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
@@ -202,12 +194,16 @@ def _parser() -> argparse.ArgumentParser:
     explaining.set_defaults(run=_explain)
     checking = commands.add_parser("check", help="prove what this machine can")
     checking.add_argument("--only", default="", help="proofs with this in their name")
-    checking.add_argument("--stamp", type=Path, help="write what ran, and where, to this file")
+    checking.add_argument(
+        "--stamp", type=record.record_path, help="write what ran, and where, to this file"
+    )
     checking.set_defaults(run=_check)
     timing = commands.add_parser("bench", help="time cases")
     timing.add_argument("--case", default="", help="cases with this in their name")
     timing.add_argument("--rounds", type=_positive, default=30, help="samples of each variant (30)")
-    timing.add_argument("--json", type=Path, help="write the figures as a record to this file")
+    timing.add_argument(
+        "--json", type=record.record_path, help="write the figures as a record to this file"
+    )
     timing.set_defaults(run=_bench)
     return parser
 

@@ -3,7 +3,6 @@
 import os
 import time
 from collections import Counter
-from pathlib import Path
 
 # Small tensors: a second thread mostly waits, and waits long on a machine that is busy. NumPy reads
 # it when it is imported, and the programs that tests start have it too.
@@ -16,7 +15,7 @@ if not torch.cuda.is_available():
     # Triton and snapkernels read it when they are imported: kernels then run interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from snapkernels.testing import stamp
+from snapkernels.testing import record, stamp
 
 torch.set_num_threads(1)
 ROOM = 20 * 2**30  # bytes
@@ -24,13 +23,14 @@ MOST_WAIT = 60  # seconds: a test that another process leaves no room runs all t
 
 
 def pytest_addoption(parser):
-    parser.addoption("--stamp", type=Path, help="write what ran, where and of which commit, here")
+    parser.addoption(
+        "--stamp",
+        type=record.record_path,
+        help="write what ran, where and of which commit, here",
+    )
 
 
 def pytest_configure(config):
-    target = config.getoption("--stamp")
-    if target and not target.resolve().parent.is_dir():
-        raise pytest.UsageError(f"--stamp {target}: its folder does not exist")
     config.lacking = Counter()
 
 

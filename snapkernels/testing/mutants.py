@@ -1,4 +1,7 @@
-"""Seeded bugs: a backend with one line of its source changed."""
+"""Seeded bugs: a backend with one line of its source changed.
+
+python -m snapkernels.testing.mutants   # build the compiled ones, for a machine that is to run them
+"""
 
 import hashlib
 import importlib
@@ -17,6 +20,7 @@ import torch
 
 from snapkernels import extension
 from snapkernels.dispatch import backward_of, implementation, saving
+from snapkernels.registry import OPS
 from snapkernels.spec import Backend, Mutant, Spec
 
 NEEDED_TO_BUILD = ("csrc", "snapkernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -127,3 +131,15 @@ def compiled(spec: Spec, mutant: Mutant) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder / "snapkernels" / extension.LIBRARY.name, library)
     return library
+
+
+def build_all() -> None:
+    """Build the library of every compiled mutant that is not there yet."""
+    for op in OPS.values():
+        for mutant in op.spec.mutants:
+            if mutant.file is not None:
+                print(f"{compiled(op.spec, mutant)}: {op.spec.name}, {mutant.name}", flush=True)
+
+
+if __name__ == "__main__":
+    build_all()

@@ -1,5 +1,6 @@
 """Records: one JSON form for every measured figure, and where the committed ones lie."""
 
+import argparse
 import json
 import os
 import platform
@@ -83,6 +84,33 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def file_path(text: str) -> Path:
+    """The argument of a program that names a file to write, refused before anything is measured.
+
+    Raises:
+        argparse.ArgumentTypeError: there can be no such file.
+    """
+    path = Path(text)
+    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"{path}: it must be a file in a folder that exists and can be written to"
+        )
+    return path
+
+
+def record_path(text: str) -> Path:
+    """Likewise of a record.
+
+    Raises:
+        argparse.ArgumentTypeError: there can be no such file, or the commit is not clear.
+    """
+    try:
+        commit()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return file_path(text)
+
+
 def newest(what: str) -> tuple[Path, dict[str, Any]] | None:
     """The newest committed record whose file is named <date>-`what`.json, or None."""
     found = [(path, json.loads(path.read_text())) for path in RECORDS.glob(f"*/*-{what}.json")]
@@ -93,15 +121,20 @@ def commit() -> tuple[str, bool]:
     """HEAD and whether the tree differs from it, new source files included.
 
     A clean tree copied without its history names its commit in SNAPKERNELS_COMMIT.
+
+    Raises:
+        ValueError: it has a history, whose HEAD is another commit than the one named.
     """
+    named = env.commit()
     try:
         if _git("rev-parse", "--show-prefix"):
             raise OSError(f"{ROOT} lies in some other repository")
         head = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=all").splitlines()
     except (OSError, subprocess.CalledProcessError):
-        named = env.commit()
         return named or "unknown", not named
+    if named and named != head:
+        raise ValueError(f"SNAPKERNELS_COMMIT is {named}, but HEAD of this tree is {head}")
     return head, any(not c.startswith("??") or c.endswith(SOURCE) for c in changes)
 
 

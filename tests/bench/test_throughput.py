@@ -147,8 +147,8 @@ def test_flags_reach_the_run(tmp_path):
         (["--framerate", "-1"], "must be a number above 0, got '-1'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--backend", "cudnn"], "invalid choice: 'cudnn'"),
-        (["--json", "no/such/folder/figures.json"], "its folder does not exist"),
-        (["--json", "bench"], "is a folder, not a file"),
+        (["--json", "no/such/folder/figures.json"], "a folder that exists and can be written to"),
+        (["--json", "bench"], "it must be a file in a folder that exists"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message):
