@@ -165,7 +165,7 @@ __device__ inline float over_row(float value) {
 
 // Of each of a lane's two tokens.
 struct TokenTotals {
-  float u[2], product[2];  // sums over the channels: of u with rstd in it, of u times the token
+  float u[2], product[2];  // sums over the channels: of u with rstd in it, of u times xn
 };
 
 // In shared memory, since registers are short. Volatile: what is set is made by then, and what

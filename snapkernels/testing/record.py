@@ -102,12 +102,14 @@ def record_path(text: str) -> Path:
     """Likewise of a record.
 
     Raises:
-        argparse.ArgumentTypeError: there can be no such file, or the commit is not clear.
+        argparse.ArgumentTypeError: there can be no such file, or the tree has a history whose HEAD
+            is another commit than SNAPKERNELS_COMMIT.
     """
-    try:
-        commit()
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    named, head = env.commit(), commit()[0]
+    if named and named != head:
+        raise argparse.ArgumentTypeError(
+            f"SNAPKERNELS_COMMIT is {named}, but HEAD of this tree is {head}"
+        )
     return file_path(text)
 
 
@@ -121,20 +123,15 @@ def commit() -> tuple[str, bool]:
     """HEAD and whether the tree differs from it, new source files included.
 
     A clean tree copied without its history names its commit in SNAPKERNELS_COMMIT.
-
-    Raises:
-        ValueError: it has a history, whose HEAD is another commit than the one named.
     """
-    named = env.commit()
     try:
         if _git("rev-parse", "--show-prefix"):
             raise OSError(f"{ROOT} lies in some other repository")
         head = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=all").splitlines()
     except (OSError, subprocess.CalledProcessError):
+        named = env.commit()
         return named or "unknown", not named
-    if named and named != head:
-        raise ValueError(f"SNAPKERNELS_COMMIT is {named}, but HEAD of this tree is {head}")
     return head, any(not c.startswith("??") or c.endswith(SOURCE) for c in changes)
 
 

@@ -10,7 +10,7 @@ from snapkernels import dispatch, env, extension
 from snapkernels.dispatch import choose, explain
 from snapkernels.registry import OPS, Op, op
 from snapkernels.spec import Mutant
-from snapkernels.testing import aot, bench, contract, cost, proofs
+from snapkernels.testing import aot, bench, contract, cost, mutants, proofs
 from snapkernels.testing.cases import all_ids, find, make_values
 from snapkernels.testing.memory import nan_filled
 from snapkernels.testing.mutants import planted
@@ -109,6 +109,15 @@ def test_a_mutant_that_no_case_sees_is_an_error():
     with planted(PATCHIFY, harmless) as backend:
         call = make_values(PATCHIFY, CASES["odd"], torch.float32, "cpu")
         assert torch.equal(backend.run(*call), PATCHIFY.reference(*call))
+
+
+def test_every_compiled_mutant_is_built_ahead(monkeypatch, capsys):
+    built = []
+    monkeypatch.setattr(mutants, "compiled", lambda spec, mutant: built.append((spec, mutant)))
+    mutants.build_all()
+    assert {spec.name for spec, _ in built} >= {"patchify", "stem", "group_read", "group_write"}
+    assert all(mutant in spec.mutants and mutant.file for spec, mutant in built)
+    assert capsys.readouterr().out.count("\n") == len(built)
 
 
 def test_compulsory_bytes_are_counted_by_hand():
