@@ -4,10 +4,10 @@
 //
 //   d_token = scale rstd (norm_weight (dF W) - c1 - c2 xhat),  R = sum_t xhat dF,  q = sum_t dF.
 //
-// mean, rstd, c1 and c2 are at hand for every token (the forward, or head_rows, made them), so a
-// slice of a token's columns needs nothing of the others. A block has a slice of 256 columns of a
-// range of tokens, reads them once and writes their gradient, and keeps R in registers as long as
-// it lives. head_finish_kernel adds the ranges, in order, and makes the weights' gradients.
+// mean, rstd, c1 and c2 are at hand for every token (the forward, or head_rows_kernel, made them),
+// so a slice of a token's columns needs nothing of the others. A block has a slice of 256 columns
+// of a range of tokens, reads them once and writes their gradient, and keeps R in registers as long
+// as it lives. head_finish_kernel adds the ranges, in order, and makes the weights' gradients.
 //
 // A warpgroup fills three stages, each of 64 tokens: their columns, dF and four numbers each. Two
 // warpgroups calculate, each with 128 of the columns:

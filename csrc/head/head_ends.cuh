@@ -2,8 +2,8 @@
 #pragma once
 
 #include "bf16.cuh"
-#include "divider.cuh"
 #include "head/head.h"
+#include "patch_grid.cuh"
 #include "philox.cuh"
 
 namespace snapkernels {
@@ -17,7 +17,7 @@ struct HeadMap {
   HeadGeometry at;
   int tokens, tiles;
   int64_t video_pixels;  // of all channels and frames
-  Divider group_tokens, groups, groups_h, groups_w, group_h, group_w;
+  PatchGrid grid;
 };
 
 // Where a token's patch lies.
@@ -27,16 +27,10 @@ struct PatchRows {
 
   __device__ PatchRows(const HeadMap& m, uint32_t wanted) {
     const uint32_t token = min(wanted, m.tokens - 1);
-    const uint32_t bg = m.group_tokens.quotient(token), n = token - bg * m.group_tokens.divisor;
-    b = m.groups.quotient(bg);
-    const uint32_t g = bg - b * m.groups.divisor;
-    const uint32_t g_row = m.groups_w.quotient(g), gw = g - g_row * m.groups_w.divisor;
-    const uint32_t gt = m.groups_h.quotient(g_row), gh = g_row - gt * m.groups_h.divisor;
-    const uint32_t n_row = m.group_w.quotient(n), nw = n - n_row * m.group_w.divisor;
-    const uint32_t nt = m.group_h.quotient(n_row), nh = n_row - nt * m.group_h.divisor;
-    const int t = gt * m.at.group_t + nt;
-    const int y = (gh * m.group_h.divisor + nh) * kHeadPatch;
-    const int x = (gw * m.group_w.divisor + nw) * kHeadPatch;
+    const uint32_t bg = m.grid.group_tokens.quotient(token);
+    const PatchPlace patch(m.grid, bg, token - bg * m.grid.group_tokens.divisor);
+    b = patch.b;
+    const int t = patch.t, y = patch.row * kHeadPatch, x = patch.column * kHeadPatch;
     first = (static_cast<int64_t>(t) * m.at.height + y) * m.at.width + x;
     rows = token == wanted ? min(m.at.height - y, kHeadPatch) : 0;
   }

@@ -44,21 +44,13 @@ cudaError_t launch_for_features(const HeadArguments& given, const HeadMap& map,
 template <HeadEnd kEnd>
 cudaError_t launch_for_width(const HeadArguments& given, const HeadGeometry& at,
                              cudaStream_t stream) {
-  const int groups_h = (at.height + kHeadPatch * at.group_h - 1) / (kHeadPatch * at.group_h);
-  const int groups_w = at.width / (kHeadPatch * at.group_w);
-  const int groups = at.frames / at.group_t * groups_h * groups_w;
-  const int group_tokens = at.group_t * at.group_h * at.group_w;
-  const int tokens = at.batch * groups * group_tokens;
+  const PatchGrid grid(at, kHeadPatch);
+  const int tokens = at.batch * grid.groups.divisor * grid.group_tokens.divisor;
   const HeadMap map{at,
                     tokens,
                     (tokens + kHeadTile - 1) / kHeadTile,
                     static_cast<int64_t>(at.channels) * at.frames * at.height * at.width,
-                    Divider(group_tokens),
-                    Divider(groups),
-                    Divider(groups_h),
-                    Divider(groups_w),
-                    Divider(at.group_h),
-                    Divider(at.group_w)};
+                    grid};
   switch (at.token_width) {
     case 256:
       return launch_for_features<kEnd, 256>(given, map, stream);

@@ -33,23 +33,15 @@ cudaError_t launch_all(const StemBackwardArguments& given, const StemBackwardMap
 
 cudaError_t stem_backward(const StemBackwardArguments& given, const StemGeometry& at,
                           cudaStream_t stream) {
-  const int group_rows = kStemPatch * at.group_h;
-  const int groups_h = (at.height + group_rows - 1) / group_rows;
-  const int groups_w = at.width / (kStemPatch * at.group_w);
-  const int groups = at.frames / at.group_t * groups_h * groups_w;
-  const int positions = at.group_t * at.group_h * at.group_w;
+  const PatchGrid grid(at, kStemPatch);
   const StemBackwardMap map{at,
-                            positions,
+                            static_cast<int>(grid.group_tokens.divisor),
                             at.token_width / kStemSlice,
                             1.f / at.token_width,
                             static_cast<float>(at.low_height) / at.height,
                             static_cast<float>(at.low_width) / at.width,
-                            Divider(at.batch * groups),
-                            Divider(groups),
-                            Divider(groups_h),
-                            Divider(groups_w),
-                            Divider(at.group_h),
-                            Divider(at.group_w)};
+                            Divider(at.batch * grid.groups.divisor),
+                            grid};
   switch (at.channels + at.low_channels) {
     case 3:
       return launch_all<3>(given, map, stream);

@@ -7,7 +7,7 @@
 // 31 MB of a video of the upsampler, which L2 still has when it is read.
 #pragma once
 
-#include "divider.cuh"
+#include "patch_grid.cuh"
 #include "stem/stem_backward.h"
 #include "stem/stem_forward.cuh"
 #include "wgmma.cuh"
@@ -26,7 +26,7 @@ struct StemBackwardMap {
   float share;                  // 1 / D
   float low_rows, low_columns;  // pixels of the low-resolution video in one of the video
   Divider alike;                // B G: tokens of a position
-  Divider groups, groups_h, groups_w, group_h, group_w;
+  PatchGrid grid;
 };
 
 // Token k of the backward's order, and where its patch lies.
@@ -38,16 +38,11 @@ struct StemPatch {
     position = m.alike.quotient(k);
     const uint32_t bg = k - position * m.alike.divisor;
     token = bg * m.positions + position;
-    b = m.groups.quotient(bg);
-    const uint32_t g = bg - b * m.groups.divisor;
-    const uint32_t g_row = m.groups_w.quotient(g), gw = g - g_row * m.groups_w.divisor;
-    const uint32_t gt = m.groups_h.quotient(g_row), gh = g_row - gt * m.groups_h.divisor;
-    const uint32_t n_row = m.group_w.quotient(position);
-    const uint32_t nw = position - n_row * m.group_w.divisor;
-    const uint32_t nt = m.group_h.quotient(n_row), nh = n_row - nt * m.group_h.divisor;
-    t = gt * m.at.group_t + nt;
-    y = (gh * m.group_h.divisor + nh) * kStemPatch;
-    x = (gw * m.group_w.divisor + nw) * kStemPatch;
+    const PatchPlace patch(m.grid, bg, position);
+    b = patch.b;
+    t = patch.t;
+    y = patch.row * kStemPatch;
+    x = patch.column * kStemPatch;
   }
 };
 

@@ -27,15 +27,11 @@ cudaError_t launch_steps(const StemArguments& given, const StemMap& map, cudaStr
 }  // namespace
 
 cudaError_t stem(const StemArguments& given, const StemGeometry& at, cudaStream_t stream) {
-  const int group_rows = kStemPatch * at.group_h;
-  const int groups_h = (at.height + group_rows - 1) / group_rows;
-  const int groups_w = at.width / (kStemPatch * at.group_w);
-  const int groups = at.frames / at.group_t * groups_h * groups_w;
-  const int group_tokens = at.group_t * at.group_h * at.group_w;
-  const int tokens = at.batch * groups * group_tokens;
-  // Every `tables`-th group of all videos has the same positions.
+  const PatchGrid grid(at, kStemPatch);
+  const int groups = at.batch * grid.groups.divisor, tokens = groups * grid.group_tokens.divisor;
+  // Every `tables`-th of these groups, of all videos, has the same positions.
   int alike = 0;
-  while (alike < 3 && at.batch * groups / at.tables % (2 << alike) == 0) ++alike;
+  while (alike < 3 && groups / at.tables % (2 << alike) == 0) ++alike;
   const StemMap map{at,
                     tokens,
                     (tokens + kStemTokens - 1) / kStemTokens,
@@ -44,12 +40,7 @@ cudaError_t stem(const StemArguments& given, const StemGeometry& at, cudaStream_
                     1.f / at.token_width,
                     static_cast<float>(at.low_height) / at.height,
                     static_cast<float>(at.low_width) / at.width,
-                    Divider(group_tokens),
-                    Divider(groups),
-                    Divider(groups_h),
-                    Divider(groups_w),
-                    Divider(at.group_h),
-                    Divider(at.group_w),
+                    grid,
                     Divider(at.tables)};
   switch (at.channels + at.low_channels) {
     case 1:

@@ -1,8 +1,9 @@
-// From two videos to a lane's side of the stem's product: where a token's patch lies, and its pixels.
+// From two videos to a lane's side of the stem's product: where a token's patch lies, and its
+// pixels.
 #pragma once
 
 #include "bf16.cuh"
-#include "divider.cuh"
+#include "patch_grid.cuh"
 #include "stem/stem.h"
 #include "wgmma.cuh"
 
@@ -15,7 +16,8 @@ struct StemMap {
   int positions;  // tokens >> alike
   float share;    // 1 / D
   float low_rows, low_columns;  // pixels of the low-resolution video in one of the video
-  Divider group_tokens, groups, groups_h, groups_w, group_h, group_w, tables;
+  PatchGrid grid;
+  Divider tables;
 };
 
 // A token, its row in the positions, and where its patch lies. A tile has the same patches of up to
@@ -27,21 +29,17 @@ struct StemPlace {
 
   __device__ StemPlace(const StemMap& m, int common, int which) {
     const uint32_t tables = m.tables.divisor;
-    const uint32_t sg = m.group_tokens.quotient(common);
-    const uint32_t n = common - sg * m.group_tokens.divisor;
+    const uint32_t group_tokens = m.grid.group_tokens.divisor;
+    const uint32_t sg = m.grid.group_tokens.quotient(common), n = common - sg * group_tokens;
     const uint32_t far = m.tables.quotient(sg), table = sg - far * tables;
     const uint32_t bg = ((far << m.alike) + which) * tables + table;
-    token = bg * m.group_tokens.divisor + n;
-    position = table * m.group_tokens.divisor + n;
-    b = m.groups.quotient(bg);
-    const uint32_t g = bg - b * m.groups.divisor;
-    const uint32_t g_row = m.groups_w.quotient(g), gw = g - g_row * m.groups_w.divisor;
-    const uint32_t gt = m.groups_h.quotient(g_row), gh = g_row - gt * m.groups_h.divisor;
-    const uint32_t n_row = m.group_w.quotient(n), nw = n - n_row * m.group_w.divisor;
-    const uint32_t nt = m.group_h.quotient(n_row), nh = n_row - nt * m.group_h.divisor;
-    t = gt * m.at.group_t + nt;
-    y = (gh * m.group_h.divisor + nh) * kStemPatch;
-    x = (gw * m.group_w.divisor + nw) * kStemPatch;
+    token = bg * group_tokens + n;
+    position = table * group_tokens + n;
+    const PatchPlace patch(m.grid, bg, n);
+    b = patch.b;
+    t = patch.t;
+    y = patch.row * kStemPatch;
+    x = patch.column * kStemPatch;
   }
 };
 

@@ -167,9 +167,9 @@ HEAD = Spec(
         Mutant(
             name="columns of groups counted as one, compiled",
             backend="cuda",
-            file="head/head_ends.cuh",
-            find="x = (gw * m.group_w.divisor + nw) * kHeadPatch;",
-            replace="x = (0 * gw * m.group_w.divisor + nw) * kHeadPatch;",
+            file="patch_grid.cuh",
+            find="column = gw * grid.group_w.divisor + nw;",
+            replace="column = 0 * gw * grid.group_w.divisor + nw;",
         ),
     ),
 )

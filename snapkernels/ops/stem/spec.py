@@ -182,9 +182,9 @@ STEM = Spec(
         Mutant(
             name="columns of groups counted as one, compiled",
             backend="cuda",
-            file="stem/stem_pixels.cuh",
-            find="x = (gw * m.group_w.divisor + nw) * kStemPatch;",
-            replace="x = (0 * gw * m.group_w.divisor + nw) * kStemPatch;",
+            file="patch_grid.cuh",
+            find="column = gw * grid.group_w.divisor + nw;",
+            replace="column = 0 * gw * grid.group_w.divisor + nw;",
         ),
         Mutant(
             name="upsampling without half-pixel centres, compiled",
