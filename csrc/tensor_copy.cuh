@@ -50,6 +50,16 @@ __device__ inline void copy_box_in_order(int blocks, uint32_t to, const CUtensor
       : "memory");
 }
 
+// The same into this block alone, of the box that begins with rows `group` of such a map.
+__device__ inline void copy_box_in_order(uint32_t to, const CUtensorMap* map, int column,
+                                         int group, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, 0, 0, 0, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(column), "r"(group), "r"(barrier)
+      : "memory");
+}
+
 // To the box at (column, row, matrix) of `map` what lies at `from`, which has been published.
 __device__ inline void copy_box_out(const CUtensorMap* map, int column, int row, int matrix,
                                     uint32_t from) {
@@ -127,5 +137,14 @@ struct Ring {
     }
   }
 };
+
+// By a warpgroup that has read it: the place is free, in all blocks of the cluster, which share it.
+template <int kBlocks, typename Slots>
+__device__ inline void free_slot(Slots& read, int thread) {
+  if (thread == 0) {
+    for (int rank = 0; rank < kBlocks; ++rank) phase_arrive_at(read.free(), rank);
+  }
+  read.next();
+}
 
 }  // namespace snapkernels

@@ -8,12 +8,13 @@
 
 namespace snapkernels {
 
-// Of a bfloat16 tensor of `rank` dimensions, the first of them contiguous and 64 of it in a box;
+// Of a tensor of `rank` dimensions, the first of them contiguous and 128 bytes of it in a box;
 // `strides` are in bytes, of all others. The driver's function is found when first needed: a
 // machine without one loads the library all the same.
-inline cudaError_t encode_tensor_map(CUtensorMap* map, const void* data, int rank,
-                                     const cuuint64_t* sizes, const cuuint64_t* strides,
-                                     const cuuint32_t* box) {
+inline cudaError_t encode_tensor_map(
+    CUtensorMap* map, const void* data, int rank, const cuuint64_t* sizes,
+    const cuuint64_t* strides, const cuuint32_t* box,
+    CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -25,8 +26,8 @@ inline cudaError_t encode_tensor_map(CUtensorMap* map, const void* data, int ran
   if (!encode) return cudaErrorNotSupported;
   const cuuint32_t every[] = {1, 1, 1, 1, 1};
   const CUresult made = encode(
-      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), sizes, strides, box,
-      every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      map, type, rank, const_cast<void*>(data), sizes, strides, box, every,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -52,6 +53,31 @@ inline cudaError_t make_tensor_map_in_order(CUtensorMap* map, const void* data, 
   const cuuint64_t strides[] = {row, 8 * row, 2 * row, 32 * row};
   const cuuint32_t box[] = {64, 2, 4, 4, 2};
   return encode_tensor_map(map, data, 5, sizes, strides, box);
+}
+
+// Of contiguous rows of items of `bytes`, in boxes of `box_rows` rows of 128 bytes.
+inline cudaError_t make_rows_map(CUtensorMap* map, const void* data, CUtensorMapDataType type,
+                                 int bytes, int64_t rows, int64_t columns, int box_rows) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), 1};
+  const cuuint64_t strides[] = {bytes * sizes[0], bytes * sizes[0] * sizes[1]};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / bytes),
+                            static_cast<cuuint32_t>(box_rows), 1};
+  return encode_tensor_map(map, data, 3, sizes, strides, box, type);
+}
+
+// The same, with rows in the order in which each of four lanes has `together` of them that follow
+// each other: of 4 `together`, row `together` q + 2 b + e as row 8 b + 2 q + e.
+inline cudaError_t make_rows_map_in_order(CUtensorMap* map, const void* data,
+                                          CUtensorMapDataType type, int bytes, int64_t rows,
+                                          int64_t columns, int box_rows, int together) {
+  const cuuint64_t row = bytes * columns;
+  const cuuint32_t pairs = together / 2;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), 2, 4, pairs,
+                              static_cast<cuuint64_t>(rows / (4 * together))};
+  const cuuint64_t strides[] = {row, together * row, 2 * row, 4 * together * row};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / bytes), 2, 4, pairs,
+                            static_cast<cuuint32_t>(box_rows / (4 * together))};
+  return encode_tensor_map(map, data, 5, sizes, strides, box, type);
 }
 
 }  // namespace snapkernels

@@ -231,6 +231,10 @@ __device__ inline uint4 load_vector(uint32_t address) {
   return loaded;
 }
 
+__device__ inline void store_float(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
 __device__ inline uint32_t load_pair(uint32_t address) {
   uint32_t pair;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(address) : "memory");

@@ -1,5 +1,5 @@
 // The launches of group_read_weights.cuh and group_read_average.cuh.
-#include "group_attn/grid.h"
+#include "grid.h"
 #include "group_attn/group_read_average.cuh"
 #include "group_attn/group_read_weights.cuh"
 #include "launch.cuh"

@@ -1,5 +1,5 @@
 // The launches of group_read_grads.cuh and patch_grads.cuh.
-#include "group_attn/grid.h"
+#include "grid.h"
 #include "group_attn/group_read_grads.cuh"
 #include "group_attn/patch_grads.cuh"
 #include "launch.cuh"

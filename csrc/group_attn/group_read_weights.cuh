@@ -123,7 +123,7 @@ __device__ inline void make_products(Products& products, ReadRings& rings, int w
   const auto free_step = [&] {
     if (thread == 0) phase_arrive(read.tiles.free());
     read.tiles.next();
-    free_slot(read.slots, thread);
+    free_slot<kClusterBlocks>(read.slots, thread);
   };
 #pragma unroll
   for (int part = 0; part < kReadParts; ++part) clear(products[part]);

@@ -1,6 +1,6 @@
 // The launch of group_write_backward.cuh.
 #include "group_attn/group_write_backward.cuh"
-#include "group_attn/grid.h"
+#include "grid.h"
 #include "launch.cuh"
 #include "tensor_map.h"
 

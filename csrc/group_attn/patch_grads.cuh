@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
         multiply_commit();
         if (step > 0) {
           multiply_wait<1>();
-          free_slot(read, thread);
+          free_slot<kClusterBlocks>(read, thread);
         }
         if (step == kPatchStages && some && thread == 0) {
           copies_out_left();
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
       }
       multiply_wait<0>();
       settle(sum);
-      free_slot(read, thread);
+      free_slot<kClusterBlocks>(read, thread);
       if (!some) continue;
       phase_wait(arrived, parity);
       parity ^= 1;

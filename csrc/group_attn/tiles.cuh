@@ -76,15 +76,6 @@ __device__ inline void copy_piece(Slots& slots, const CUtensorMap* map, int rank
   slots.next();
 }
 
-// By a warpgroup that has read it: the place is free, in both blocks where it is shared.
-template <typename Slots>
-__device__ inline void free_slot(Slots& read, int thread) {
-  if (thread == 0) {
-    for (int rank = 0; rank < kClusterBlocks; ++rank) phase_arrive_at(read.free(), rank);
-  }
-  read.next();
-}
-
 // Sums over a token's channels less the first of them, or over half of its channels.
 struct TokenSums {
   float shift, sum, square;

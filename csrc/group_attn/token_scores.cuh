@@ -62,7 +62,7 @@ __device__ inline void make_scores(Scores (&scores)[kCount], TokenSums& sums, To
     if (thread % 32 == 0) phase_arrive(read.tiles.free());
     read.tiles.next();
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) free_slot(read.slots, thread);
+    for (int i = 0; i < kCount; ++i) free_slot<kClusterBlocks>(read.slots, thread);
   };
 #pragma unroll
   for (int i = 0; i < kCount; ++i) clear(scores[i]);
@@ -122,12 +122,12 @@ __device__ inline void add_held(Accumulators<kHeldChannels / 8>& sum,
     rings.slots.next();
     if (step > 0) {
       multiply_wait<1>();
-      free_slot(read, thread);
+      free_slot<kClusterBlocks>(read, thread);
     }
   }
   multiply_wait<0>();
   settle(sum);
-  free_slot(read, thread);
+  free_slot<kClusterBlocks>(read, thread);
 }
 
 // The softmax of each head of a half in base 2, of a lane's tokens r and r + 8.

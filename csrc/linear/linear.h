@@ -1,0 +1,51 @@
+// Linears and feed-forwards, from LayerNorm to residual: what their kernels are told.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace snapkernels {
+
+// Rows of bfloat16 that become rows to multiply.
+struct RowsArguments {
+  const void* tokens;          // (rows, width), bfloat16
+  const void* norm_weight;     // (width), bfloat16, or null: no LayerNorm
+  const void* norm_bias;       // (width), with it
+  const float* hidden_bound;   // (2): see hidden_scale
+  void* out;                   // (rows, width), e4m3 or bfloat16
+  float* scale;                // (rows), of e4m3
+  float* hidden_scale;         // (rows), or null: that of the GELU of a product with these rows
+  int64_t rows;
+  int width;
+  float eps;
+};
+
+constexpr int kRowsWidths = 256;    // widths are multiples of it, and at most
+constexpr int kRowsMost = 16 * 256;
+
+cudaError_t quantise_rows(const RowsArguments& given, cudaStream_t stream);
+cudaError_t normalise_rows(const RowsArguments& given, cudaStream_t stream);
+
+// out = residual + (rows x weight^T) * scales + bias, or GELU of that without the residual.
+struct ProductArguments {
+  const void* a;              // (rows, depth), e4m3 or bfloat16
+  const void* weight;         // (columns, depth), likewise
+  const float* row_scale;     // (rows), of e4m3
+  const float* column_scale;  // (columns), of e4m3
+  const void* bias;           // (columns), bfloat16
+  const void* residual;       // (rows, columns), bfloat16, or null
+  const float* hidden_scale;  // (rows), of what GELU is quantised by
+  void* out;                  // (rows, columns): bfloat16, or e4m3 after GELU of e4m3
+  int rows, columns, depth;
+};
+
+constexpr int kProductColumns = 256;  // columns are multiples of it
+constexpr int kProductDepth = 256;    // and so is what is summed over, in bytes
+
+cudaError_t product_fp8(const ProductArguments& given, cudaStream_t stream);
+cudaError_t product_gelu_fp8(const ProductArguments& given, cudaStream_t stream);
+cudaError_t product_bf16(const ProductArguments& given, cudaStream_t stream);
+cudaError_t product_gelu_bf16(const ProductArguments& given, cudaStream_t stream);
+
+}  // namespace snapkernels

@@ -1,0 +1,79 @@
+// The launches of product.cuh and product_resident.cuh.
+#include <climits>
+
+#include "grid.h"
+#include "launch.cuh"
+#include "linear/product_resident.cuh"
+#include "tensor_map.h"
+
+namespace snapkernels {
+namespace {
+
+// Sums over so many bytes of e4m3 need no second level: 32 additions of 14 bits each lose 0.2 % of
+// a number that is rounded to 4 bits.
+constexpr int kExactDepth = 1024;
+constexpr int kPromote = 2;
+
+template <typename Operand, bool kGelu>
+cudaError_t make_maps(CUtensorMap* a, CUtensorMap* weight, const ProductArguments& of,
+                      int box_rows) {
+  const cudaError_t error =
+      make_rows_map(a, of.a, Operand::kMap, Operand::kBytes, of.rows, of.depth, box_rows);
+  if (error != cudaSuccess) return error;
+  return make_rows_map_in_order(weight, of.weight, Operand::kMap, Operand::kBytes, of.columns,
+                                of.depth, kProductSlice, kProductTogether<Operand, kGelu>);
+}
+
+template <typename Operand, bool kGelu, int kPromoted>
+cudaError_t launch_product(const ProductArguments& of, cudaStream_t stream) {
+  CUtensorMap a, weight;
+  cudaError_t error =
+      make_maps<Operand, kGelu>(&a, &weight, of, kProductRows / kProductBlocks);
+  if (error != cudaSuccess) return error;
+  int blocks;
+  error = blocks_of_clusters(&blocks, ProductWork(of).items(), kProductBlocks);
+  if (error != cudaSuccess) return error;
+  return launch_clusters(product_kernel<Operand, kGelu, kPromoted>, blocks, kProductBlocks,
+                         kProductThreads, kProductShared, stream, a, weight, of);
+}
+
+template <bool kGelu>
+cudaError_t launch_resident(const ProductArguments& of, int blocks, cudaStream_t stream) {
+  CUtensorMap a, weight;
+  const cudaError_t error =
+      make_maps<Fp8, kGelu>(&a, &weight, of, kResidentRows / kProductBlocks);
+  if (error != cudaSuccess) return error;
+  return launch_clusters(product_resident_kernel<kGelu>, blocks, kProductBlocks, kProductThreads,
+                         kResidentShared, stream, a, weight, of);
+}
+
+template <bool kGelu>
+cudaError_t launch_fp8(const ProductArguments& of, cudaStream_t stream) {
+  if (of.depth > kExactDepth) return launch_product<Fp8, kGelu, kPromote>(of, stream);
+  int blocks;
+  const cudaError_t error = blocks_of_clusters(&blocks, INT_MAX / kProductBlocks, kProductBlocks);
+  if (error != cudaSuccess) return error;
+  const int resident = resident_blocks(of, blocks);
+  if (resident * 10 >= blocks * 9) return launch_resident<kGelu>(of, resident, stream);
+  return launch_product<Fp8, kGelu, 0>(of, stream);
+}
+
+}  // namespace
+
+cudaError_t product_fp8(const ProductArguments& given, cudaStream_t stream) {
+  return launch_fp8<false>(given, stream);
+}
+
+cudaError_t product_gelu_fp8(const ProductArguments& given, cudaStream_t stream) {
+  return launch_fp8<true>(given, stream);
+}
+
+cudaError_t product_bf16(const ProductArguments& given, cudaStream_t stream) {
+  return launch_product<Bf16, false, 0>(given, stream);
+}
+
+cudaError_t product_gelu_bf16(const ProductArguments& given, cudaStream_t stream) {
+  return launch_product<Bf16, true, 0>(given, stream);
+}
+
+}  // namespace snapkernels
