@@ -252,6 +252,7 @@ class Spec:
         peers: {name: what others offer, a function as `Backend.run` is} that are timed beside the
             forward on a GPU and never chosen; one that raises keeps its reason.
         backward_reads: the inputs that the backward pass has to read.
+        targets: what its Triton kernels are compiled for; small cases for the first alone.
         sass: {GPU architecture: instructions that every Triton kernel has there; those of the
             tensor cores, if it has products}.
         most_registers: of a thread of its Triton kernels; 255 is all that there are.
@@ -284,6 +285,7 @@ class Spec:
     compiled_beside: bool = False
     peers: Mapping[str, Callable[..., torch.Tensor] | str] = field(default_factory=dict)
     backward_reads: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ("sm_90", "sm_80")
     sass: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     most_registers: int = 255
     checks: tuple[tuple[str, Check], ...] = field(init=False, repr=False)

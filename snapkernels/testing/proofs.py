@@ -122,7 +122,7 @@ def _of_machine_code(spec: Spec) -> Iterator[Proof]:
     lacks = None if has_triton() else "the package triton"
     for case in aot.cases(spec):
         for dtype in (one for one in case.dtypes if aot.takes(spec, case, one)):
-            for target in aot.targets(case):
+            for target in aot.targets(spec, case):
                 name = f"{spec.case_id(case, 'fwd')} triton {short(dtype)} code {target}"
                 run = partial(machine_code, spec, case, dtype, target)
                 yield Proof(name, lacks, run, of_code=True)

@@ -115,9 +115,7 @@ def test_fp8_products_of_any_size(rows, outputs, depth, kernels, rng):
     hidden_scale = (exact.abs().amax(1) / 50).float()
     with nan_filled():
         y = kernels.product.product(a, w, bias, residual, scales=scales)
-        h = kernels.product.product(
-            a, w, bias, scales=scales, gelu=True, y_scale_M=hidden_scale
-        )
+        h = kernels.product.product(a, w, bias, scales=scales, gelu=True, y_scale_M=hidden_scale)
     assert y.dtype == torch.float32 and relative_rms(y, exact + residual) < 1e-6
     assert h.dtype == E4M3
     expected, step = gelu(exact), hidden_scale[:, None].double()
@@ -127,16 +125,15 @@ def test_fp8_products_of_any_size(rows, outputs, depth, kernels, rng):
 
 def test_nothing_that_is_not_finite_is_quantised_away(kernels, rng):
     """The conversion of a GPU, and of the interpreter, makes 448 of an inf."""
-    (a, a_scale), (w, w_scale) = quantised(rng, 3, 8), quantised(rng, 4, 8)
+    (a, _), (w, w_scale) = quantised(rng, 3, 8), quantised(rng, 4, 8)
     scales, hidden_scale = (torch.tensor([1.0, NAN, INF]), w_scale), torch.full((3,), 1.0)
     bias = torch.tensor([0.0, INF, 0.0, NAN])
     h = kernels.product.product(a, w, bias, scales=scales, y_scale_M=hidden_scale).float()
     assert torch.equal(h[0].isnan(), torch.tensor([False, True, False, True]))
     assert h[1:].isnan().all()
-    nothing = kernels.product.product(
-        a * 0, w, bias * 0, scales=(a_scale, w_scale), y_scale_M=hidden_scale * 0
-    )
-    assert nothing.float()[:, ::2].eq(0).all()
+    zero = torch.zeros(3)
+    h = kernels.product.product(a, w, bias * 0, scales=(zero, w_scale), y_scale_M=zero).float()
+    assert h[:, ::2].eq(0).all() and h[:, 1::2].isnan().all()
 
 
 def test_a_row_and_a_tile_past_2_31_elements(kernels, monkeypatch, rng):
@@ -176,7 +173,7 @@ def test_a_row_and_a_tile_past_2_31_elements(kernels, monkeypatch, rng):
 @pytest.mark.parametrize("seed", [1, 2**31, 2**62 + 2**32 - 1])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
 def test_dropout_zeroes_what_the_reference_does(p, seed, rng):
-    """Rows of 36 hidden values; a threshold and words whose launch is an i32, an i64, a constant."""
+    """Thresholds and words whose launch is an i32, an i64 or a constant."""
     w = random_weights(FeedForwardWeights, DIMS, {"D": 12, "F": 36}, generator=rng)
     tokens = torch.randn(3, 43, 12, generator=rng)
     how = {"dropout": p, "seed": seed}
@@ -193,7 +190,7 @@ def test_what_it_refuses(rng, monkeypatch):
         feed_forward(tokens, w, dropout=0.1, backend="triton")
     with pytest.raises(ValueError, match="the hidden width has to be a multiple of 4"):
         feed_forward(tokens, w, dropout=0.1, seed=1, backend="triton")
-    with pytest.raises(ValueError, match="tokens are torch.float64"):
+    with pytest.raises(ValueError, match="tokens are torch"):
         feed_forward(*widened((tokens, w)), backend="triton")
     wide = torch.zeros(2, config.TRITON_MOST_WIDTH + 1)
     with pytest.raises(ValueError, match="16385 wide, more than 16384"):
@@ -202,9 +199,7 @@ def test_what_it_refuses(rng, monkeypatch):
         feed_forward(tokens.requires_grad_(), w, backend="triton")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    on_gpu = SimpleNamespace(
-        dtype=torch.bfloat16, shape=(3, 12), is_cuda=True, device="cuda"
-    )
+    on_gpu = SimpleNamespace(dtype=torch.bfloat16, shape=(3, 12), is_cuda=True, device="cuda")
     reason = "the GPU has compute capability 8.6, less than 8.9, and no fp8"
     assert config.triton_refuses_fp8(on_gpu) == reason
     assert config.triton_refuses_linear(on_gpu) is None

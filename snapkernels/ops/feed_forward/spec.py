@@ -1,10 +1,11 @@
 """The records of linear and feed_forward."""
 
-from snapkernels.ops.feed_forward import eager, reference
+from snapkernels.ops.feed_forward import bugs, config, eager, reference
 from snapkernels.ops.feed_forward.cases import SMALL, feed_forward_cases, linear_cases
 from snapkernels.ops.feed_forward.weights import DIMS, FeedForwardWeights
 from snapkernels.spec import Backend, Case, Fields, Mutant, Sizes, Spec, Tensor
 
+TRITON = "snapkernels.ops.feed_forward.kernels.triton_backend"
 TOKENS = {"...": "tokens", "D": "their width"}
 
 
@@ -35,6 +36,13 @@ LINEAR = Spec(
     together=(("norm_weight", "norm_bias"),),
     output=Tensor("... N"),
     backends=(
+        Backend(
+            name="triton",
+            run=f"{TRITON}:linear",
+            differentiable=False,
+            refuses=config.triton_refuses_linear,
+            declines=config.triton_declines,
+        ),
         Backend(name="eager", run=eager.linear),
         Backend(name="reference", run=reference.linear),
     ),
@@ -65,6 +73,7 @@ LINEAR = Spec(
             find="F.linear(u, weight, bias)",
             replace="F.linear(u, weight)",
         ),
+        *bugs.LINEAR,
     ),
     flops=linear_flops,
     residual="residual",
@@ -80,6 +89,13 @@ FEED_FORWARD = Spec(
     options={"dropout": "probability", "seed": "seed?", "eps": "float"},
     output=Tensor("... D"),
     backends=(
+        Backend(
+            name="triton",
+            run=f"{TRITON}:feed_forward",
+            differentiable=False,
+            refuses=config.triton_refuses_feed_forward,
+            declines=config.triton_declines,
+        ),
         Backend(name="eager", run=eager.feed_forward),
         Backend(name="reference", run=reference.feed_forward),
     ),
@@ -91,6 +107,14 @@ FEED_FORWARD = Spec(
             name="dropout",
             tier="cpu",
             sizes={"...": (3, 7), "D": 20, "F": 37},
+            options={"dropout": 0.25, "seed": 2**40 + 5, "eps": 1e-6},
+            dtypes=SMALL,
+        ),
+        # Rows that begin with a block of Philox, which Triton's kernels ask for.
+        Case(
+            name="dropout-blocks",
+            tier="cpu",
+            sizes={"...": (2, 65), "D": 20, "F": 132},
             options={"dropout": 0.25, "seed": 2**40 + 5, "eps": 1e-6},
             dtypes=SMALL,
         ),
@@ -132,6 +156,7 @@ FEED_FORWARD = Spec(
             find="kept(seed, tuple(h.shape)",
             replace="kept(seed, (h.shape[-1],)",
         ),
+        *bugs.FEED_FORWARD,
     ),
     flops=feed_forward_flops,
     residual="tokens",

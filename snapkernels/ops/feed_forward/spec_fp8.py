@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 
-from snapkernels.ops.feed_forward import eager_fp8, reference
+from snapkernels.ops.feed_forward import bugs, config, eager_fp8, reference
 from snapkernels.ops.feed_forward.cases import feed_forward_cases, linear_cases
 from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
 from snapkernels.ops.feed_forward.spec import (
     FEED_FORWARD,
     LINEAR,
     TOKENS,
+    TRITON,
     feed_forward_flops,
     linear_flops,
 )
@@ -26,6 +27,7 @@ from snapkernels.spec import Backend, Fields, Made, Mutant, Spec, Tensor
 LIMIT = 6e-2
 # Where a row's scale lies between two powers of two decides the rest.
 SLACK = 1.02
+FP8_TARGETS = ("sm_90", "sm_89")  # sm_80 has no e4m3
 
 
 def _quantised_linear(tokens: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[Any, ...]:
@@ -74,6 +76,12 @@ LINEAR_FP8 = Spec(
     made=Made(LINEAR.inputs, _quantised_linear),
     output=Tensor("... N"),
     backends=(
+        Backend(
+            name="triton",
+            run=f"{TRITON}:linear_fp8",
+            refuses=config.triton_refuses_fp8,
+            declines=config.triton_declines_linear_fp8,
+        ),
         Backend(name="eager", run=eager_fp8.linear_fp8),
         Backend(name="reference", run=reference.linear_fp8),
     ),
@@ -89,7 +97,9 @@ LINEAR_FP8 = Spec(
             find="y if residual is None else y + residual",
             replace="y",
         ),
+        *bugs.LINEAR_FP8,
     ),
+    targets=FP8_TARGETS,
     flops=linear_flops,
     limit=LIMIT,
     slack=SLACK,
@@ -111,6 +121,12 @@ FEED_FORWARD_FP8 = Spec(
     made=Made(FEED_FORWARD.inputs, _quantised_feed_forward),
     output=Tensor("... D"),
     backends=(
+        Backend(
+            name="triton",
+            run=f"{TRITON}:feed_forward_fp8",
+            refuses=config.triton_refuses_fp8,
+            declines=config.triton_declines_feed_forward_fp8,
+        ),
         Backend(name="eager", run=eager_fp8.feed_forward_fp8),
         Backend(name="reference", run=reference.feed_forward_fp8),
     ),
@@ -128,7 +144,9 @@ FEED_FORWARD_FP8 = Spec(
             " q, s = quantise_rows(h.reshape(-1, h.shape[-1]));"
             " h = (F.gelu(q.to(h.dtype)) * s.to(h.dtype)[:, None]).reshape(h.shape)",
         ),
+        *bugs.FEED_FORWARD_FP8,
     ),
+    targets=FP8_TARGETS,
     flops=feed_forward_flops,
     limit=LIMIT,
     slack=SLACK,

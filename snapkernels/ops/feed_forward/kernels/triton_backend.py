@@ -24,7 +24,7 @@ def linear(
     if norm_weight is not None and norm_bias is not None:
         u_MK = layer_norm(u_MK, (norm_weight, norm_bias), eps)
     y_MN = product(u_MK, weight, bias, None if residual is None else _rows(residual))
-    return y_MN.view(*tokens.shape[:-1], -1)
+    return y_MN.view(*tokens.shape[:-1], weight.shape[0])
 
 
 def linear_fp8(
@@ -48,7 +48,7 @@ def linear_fp8(
         None if residual is None else _rows(residual),
         scales=(scale_M, weight_scale),
     )
-    return y_MN.view(*tokens.shape[:-1], -1)
+    return y_MN.view(*tokens.shape[:-1], weight.shape[0])
 
 
 def feed_forward(

@@ -59,7 +59,7 @@ def product_kernel(
     bias_N = tl.load(p_bias + first_n + n_N, mask=is_n_N, other=0.0).to(tl.float32)
     y_MN = acc_MN + bias_N[None, :]
     if GELU:
-        y_MN = 0.5 * y_MN * (1.0 + tl.erf(y_MN * 0.7071067811865476))
+        y_MN = exact_gelu(y_MN)
     at_MN = first_m * N + first_n + m_M[:, None] * N + n_N[None, :]
     is_MN = is_m_M[:, None] & is_n_N[None, :]
     if factor is not None:
@@ -86,6 +86,12 @@ def tile_of(
     first = program // of_group * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     return first + program % of_group % height, program % of_group // height
+
+
+@triton.jit
+def exact_gelu(x):
+    """x Phi(x), with erf."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
