@@ -1,8 +1,9 @@
 """SnapKernels: the ops of Snap Video's FIT transformers, as drop-ins for any PyTorch model."""
 
 from snapkernels.modules import FeedForward, GroupRead, GroupWrite, LatentAttention
-from snapkernels.ops.feed_forward.op import feed_forward
-from snapkernels.ops.feed_forward.weights import FeedForwardWeights
+from snapkernels.ops.feed_forward.op import feed_forward, feed_forward_fp8, linear, linear_fp8
+from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
+from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForwardWeights
 from snapkernels.ops.group_attn.op import group_read, group_write
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 from snapkernels.ops.head.op import head, head_loss, head_mix, video_mix
@@ -18,6 +19,7 @@ __all__ = [
     "CrossAttentionWeights",
     "FeedForward",
     "FeedForwardWeights",
+    "Fp8FeedForwardWeights",
     "GroupRead",
     "GroupWrite",
     "HeadWeights",
@@ -25,6 +27,7 @@ __all__ = [
     "SelfAttentionWeights",
     "StemWeights",
     "feed_forward",
+    "feed_forward_fp8",
     "forward_process",
     "group_read",
     "group_write",
@@ -32,7 +35,11 @@ __all__ = [
     "head_loss",
     "head_mix",
     "latent_attention",
+    "linear",
+    "linear_fp8",
     "patchify",
+    "quantise_feed_forward",
+    "quantise_rows",
     "stem",
     "unpatchify",
     "video_mix",

@@ -1,4 +1,4 @@
-"""The noise of `philox.py` inside a Triton kernel, with the arithmetic of `csrc/philox.cuh`.
+"""`philox.py` inside a Triton kernel: noise, with the arithmetic of `csrc/philox.cuh`, and dropout.
 
 `philox_normals` of a (BLOCK,) tensor of block indices returns four (BLOCK,) tensors, of elements
 4 block, 4 block + 1, 4 block + 2 and 4 block + 3; two `tl.join` put them in order where needed.
@@ -39,6 +39,26 @@ def philox_words(seed_lo, seed_hi, c0, c1, c2, c3):
         seed_lo += 0x9E3779B9
         seed_hi += 0xBB67AE85
     return c0, c1, c2, c3
+
+
+@triton.jit
+def philox_kept(seed_lo, seed_hi, block, least):
+    """Which elements dropout keeps: `kept` of philox.py, with least = floor(p 2^32).
+
+    Of int64 blocks (M, B) those of elements 4 block to 4 block + 3, in order: (M, 4 B).
+    """
+    ones = tl.full(block.shape, 0xFFFFFFFF, tl.uint32)
+    w0, w1, w2, w3 = philox_words(
+        tl.cast(seed_lo, tl.uint32),
+        tl.cast(seed_hi, tl.uint32),
+        block.to(tl.uint32),
+        (block.to(tl.uint64) >> 32).to(tl.uint32),
+        ones,
+        ones,
+    )
+    least = tl.cast(least, tl.uint32)
+    even, odd = tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least)
+    return tl.reshape(tl.join(even, odd), (block.shape[0], 4 * block.shape[1]))
 
 
 @triton.jit

@@ -26,12 +26,13 @@ from snapkernels.testing import contract
 from snapkernels.testing.cases import make_values
 
 # Compute capability: the most shared memory of a block, in bytes.
-TARGETS = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}
+TARGETS = {"sm_90": 227 * 1024, "sm_89": 99 * 1024, "sm_80": 163 * 1024}
 TRITON_DTYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
@@ -60,7 +61,7 @@ class Report(NamedTuple):
 def reports(family: str) -> dict[str, list[Report]]:
     """{"<op> <case> <dtype> <target>": a report of each launch} of every Triton case of a family.
 
-    Paper cases are compiled for every target, the small ones of the cpu tier for the first.
+    Paper cases are compiled for every target of their spec, those of the cpu tier for the first.
 
     Raises:
         RuntimeError: the compiling program failed; the message is its last words.
@@ -94,9 +95,9 @@ def takes(spec: Spec, case: Case, dtype: torch.dtype) -> bool:
         return spec.backend("triton").refuses(*make_values(spec, case, dtype, "meta")) is None
 
 
-def targets(case: Case) -> tuple[str, ...]:
+def targets(spec: Spec, case: Case) -> tuple[str, ...]:
     """What `case` is compiled for."""
-    return tuple(TARGETS)[: len(TARGETS) if case.tier == "paper" else 1]
+    return spec.targets if case.tier == "paper" else spec.targets[:1]
 
 
 def wants(spec: Spec, case: Case, target: str) -> tuple[str, ...]:
@@ -142,7 +143,7 @@ def _all_reports(family: str) -> dict[str, list[Report]]:
             for dtype in (one for one in case.dtypes if takes(spec, case, one)):
                 values = make_values(spec, case, dtype, "meta")
                 launches = _launches(partial(_both_ways, spec, spec.backend("triton"), values))
-                for target in targets(case):
+                for target in targets(spec, case):
                     read = bool(wants(spec, case, target))
                     found[key(spec.name, case.name, dtype, target)] = [
                         _compile(launch, target, instructions=read) for launch in launches

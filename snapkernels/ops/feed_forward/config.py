@@ -1,0 +1,132 @@
+"""Launch choices of the feed-forward family's kernels, and what each backend can take.
+
+Measured, on an H100, is only that kernels of this kind lose there (`_SLOWER`). What stands here is
+what fits: a tile of 128 x 128 is 64 accumulators a thread and, with e4m3, 64 of what is added to
+them; a stage is 32 KB of operands, and three stages are the 99 KB of an sm_86 or sm_89.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from snapkernels.dispatch import triton_refuses
+from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForwardWeights
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# By bytes of an element: 1 and 2 for the tensor cores, 4 for float32, whose products are unrolled.
+TRITON_ROWS = {1: 128, 2: 128, 4: 32}  # tokens of a program
+TRITON_COLUMNS = {1: 128, 2: 128, 4: 64}  # outputs
+TRITON_DEPTH = {1: 128, 2: 64, 4: 32}  # of the sum at once; of e4m3 also what is promoted at once
+TRITON_LEAST_DEPTH = {1: 32, 2: 16, 4: 16}  # of a product
+TRITON_WARPS = 8  # two groups for wgmma's 64 rows
+TRITON_STAGES = 3
+TRITON_GROUP = 8  # rows of tiles that go through the columns together
+TRITON_ROW_ELEMENTS = 16  # of a token, of a thread that norms it: two 16-byte loads of bf16
+TRITON_MOST_WIDTH = 16 * 32 * 32  # of a token: the elements of a block of 1024 threads
+FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs that convert to and multiply e4m3
+DROPOUT_ELEMENTS = 4  # that share a block of Philox, and so a row
+SCALED_MM = 16  # what PyTorch's fp8 product wants K and N to be multiples of
+
+_SLOWER = (
+    "LN to residual of the patch feed-forward takes 3.75 ms so on an H100, cuBLAS with separate "
+    "passes 3.1"
+)
+
+
+def triton_refuses_linear(tokens: torch.Tensor, *_: object) -> str | None:
+    """Why the Triton kernels cannot multiply `tokens`, or None."""
+    return _triton_refuses(tokens)
+
+
+def triton_refuses_fp8(tokens: torch.Tensor, *_: object) -> str | None:
+    """Why the Triton kernels cannot quantise `tokens` and multiply them so, or None."""
+    return _triton_refuses(tokens) or _fp8_refuses(tokens)
+
+
+def triton_refuses_feed_forward(
+    tokens: torch.Tensor, w: FeedForwardWeights, dropout: float, seed: int | None, eps: float
+) -> str | None:
+    """Why the Triton kernels cannot run the sublayer on `tokens`, or None."""
+    if dropout and seed is None:
+        return "without a seed dropout draws from PyTorch's generator"
+    if dropout and len(w.fc1_bias) % DROPOUT_ELEMENTS:
+        return f"with dropout the hidden width has to be a multiple of {DROPOUT_ELEMENTS}"
+    return _triton_refuses(tokens)
+
+
+def triton_declines(*_: object) -> str:
+    """Why the Triton kernels do not pay in place of cuBLAS."""
+    return _SLOWER
+
+
+def triton_declines_linear_fp8(
+    tokens: torch.Tensor, weight: torch.Tensor, *_: object
+) -> str | None:
+    """Why the Triton kernels do not pay for a product with `weight`, or None."""
+    return _fp8_declines(tokens, weight.shape)
+
+
+def triton_declines_feed_forward_fp8(
+    tokens: torch.Tensor, w: Fp8FeedForwardWeights, eps: float
+) -> str | None:
+    """Why the Triton kernels do not pay for the sublayer, or None."""
+    return _fp8_declines(tokens, w.fc1_weight.shape)
+
+
+def _triton_refuses(tokens: torch.Tensor) -> str | None:
+    width = tokens.shape[-1]
+    if tokens.dtype not in TRITON_DTYPES:
+        return f"the tokens are {tokens.dtype}, not bfloat16, float16 or float32"
+    if width > TRITON_MOST_WIDTH:
+        return f"a token is {width} wide, more than {TRITON_MOST_WIDTH}"
+    return triton_refuses(tokens)
+
+
+def _fp8_refuses(tokens: torch.Tensor) -> str | None:
+    if not tokens.is_cuda:
+        return None
+    capability = torch.cuda.get_device_capability(tokens.device)
+    if capability >= FP8_CAPABILITY:
+        return None
+    return (
+        f"the GPU has compute capability {_dotted(capability)}, less than "
+        f"{_dotted(FP8_CAPABILITY)}, and no fp8"
+    )
+
+
+def _fp8_declines(tokens: torch.Tensor, shape: torch.Size) -> str | None:
+    """What PyTorch has no fp8 product for it multiplies in float32, and these kernels in fp8."""
+    if tokens.dtype != torch.bfloat16 or any(size % SCALED_MM for size in shape):
+        return None
+    return _SLOWER
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+class TritonBlocks(NamedTuple):
+    """A program's tile: tokens, outputs, and of the sum at once; powers of two."""
+
+    m: int
+    n: int
+    k: int
+
+
+def triton_blocks(item: int, rows: int, outputs: int, depth: int) -> TritonBlocks:
+    """The tile of a (rows, depth) by (outputs, depth) product of elements of `item` bytes."""
+    return TritonBlocks(
+        max(16, min(power_of_two(rows), TRITON_ROWS[item])),
+        max(16, min(power_of_two(outputs), TRITON_COLUMNS[item])),
+        max(TRITON_LEAST_DEPTH[item], min(power_of_two(depth), TRITON_DEPTH[item])),
+    )
+
+
+def triton_row_warps(block: int) -> int:
+    """Warps for a token of `block` elements, a power of two."""
+    return max(1, min(block // (32 * TRITON_ROW_ELEMENTS), 32))
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two from `least` on."""
+    return 1 << (least - 1).bit_length()
