@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from snapkernels import extension
 from snapkernels.dispatch import triton_refuses
 from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForwardWeights
 
@@ -26,6 +27,13 @@ TRITON_MOST_WIDTH = 16 * 32 * 32  # of a token: the elements of a block of 1024 
 FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs that convert to and multiply e4m3
 DROPOUT_ELEMENTS = 4  # that share a block of Philox, and so a row
 SCALED_MM = 16  # what PyTorch's fp8 product wants K and N to be multiples of
+
+CUDA_COLUMNS = 256  # of a product: two blocks of a cluster have half each
+CUDA_DEPTH = 256  # bytes of what is summed over: two stages, after which sums of e4m3 are promoted
+CUDA_WIDTH = 256  # of a token that is normed or quantised: a warp's 32 lanes have 8 elements each
+CUDA_MOST_WIDTH = 4096  # which a warp's registers hold
+CUDA_MOST_TOKENS = 2**31 - 257  # rows are counted in ints; a tile has 256
+VECTOR = 16  # bytes of one load
 
 _SLOWER = (
     "LN to residual of the patch feed-forward takes 3.75 ms so on an H100, cuBLAS with separate "
@@ -103,6 +111,84 @@ def _fp8_declines(tokens: torch.Tensor, shape: torch.Size) -> str | None:
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
+
+
+def cuda_refuses_linear(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+) -> str | None:
+    """Why the CUDA kernels cannot multiply `tokens` by `weight`, or None."""
+    given = {"weight": weight, "bias": bias, "residual": residual}
+    given |= {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    return _cuda_refuses(tokens, given, norm_weight is not None, (weight.shape,), 2)
+
+
+def cuda_refuses_linear_fp8(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+) -> str | None:
+    """Why the CUDA kernels cannot quantise `tokens` and multiply them by `weight`, or None."""
+    given = {"weight": weight, "weight_scale": weight_scale, "bias": bias, "residual": residual}
+    given |= {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    return _cuda_refuses(tokens, given, True, (weight.shape,), 1)
+
+
+def cuda_refuses_feed_forward(
+    tokens: torch.Tensor, w: FeedForwardWeights, dropout: float, seed: int | None, eps: float
+) -> str | None:
+    """Why the CUDA kernels cannot run the sublayer on `tokens`, or None."""
+    if dropout:
+        return "there is dropout"
+    shapes = w.fc1_weight.shape, w.fc2_weight.shape
+    return _cuda_refuses(tokens, w._asdict(), True, shapes, 2)
+
+
+def cuda_refuses_feed_forward_fp8(
+    tokens: torch.Tensor, w: Fp8FeedForwardWeights, eps: float
+) -> str | None:
+    """Why the CUDA kernels cannot run the sublayer on `tokens` in fp8, or None."""
+    shapes = w.fc1_weight.shape, w.fc2_weight.shape
+    return _cuda_refuses(tokens, w._asdict(), True, shapes, 1)
+
+
+def _cuda_refuses(
+    tokens: torch.Tensor,
+    given: dict[str, torch.Tensor | None],
+    in_rows: bool,
+    shapes: tuple[torch.Size, ...],
+    item: int,
+) -> str | None:
+    """`in_rows`: tokens are normed or quantised; `item`: bytes of a product's elements."""
+    if reason := extension.refuses(tokens):
+        return reason
+    if tokens.dtype != torch.bfloat16:
+        return f"the tokens are {tokens.dtype}, not torch.bfloat16"
+    width = tokens.shape[-1]
+    if in_rows and (width % CUDA_WIDTH or width > CUDA_MOST_WIDTH):
+        return f"a token is {width} wide, not a multiple of {CUDA_WIDTH} up to {CUDA_MOST_WIDTH}"
+    for columns, depth in shapes:
+        if columns % CUDA_COLUMNS or depth * item % CUDA_DEPTH:
+            return (
+                f"a matrix is ({columns}, {depth}), not multiples of {CUDA_COLUMNS} and "
+                f"{CUDA_DEPTH // item}"
+            )
+    if tokens.numel() > CUDA_MOST_TOKENS * width:
+        return f"there are more than {CUDA_MOST_TOKENS} tokens"
+    for name, tensor in {"tokens": tokens, **given}.items():
+        if tensor is not None and tensor.data_ptr() % VECTOR:
+            return f"{name} does not start at a multiple of {VECTOR} bytes"
+    return None
 
 
 class TritonBlocks(NamedTuple):

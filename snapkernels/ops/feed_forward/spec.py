@@ -5,6 +5,7 @@ from snapkernels.ops.feed_forward.cases import SMALL, feed_forward_cases, linear
 from snapkernels.ops.feed_forward.weights import DIMS, FeedForwardWeights
 from snapkernels.spec import Backend, Case, Fields, Mutant, Sizes, Spec, Tensor
 
+CUDA = "snapkernels.ops.feed_forward.kernels.cuda"
 TRITON = "snapkernels.ops.feed_forward.kernels.triton_backend"
 TOKENS = {"...": "tokens", "D": "their width"}
 
@@ -36,6 +37,12 @@ LINEAR = Spec(
     together=(("norm_weight", "norm_bias"),),
     output=Tensor("... N"),
     backends=(
+        Backend(
+            name="cuda",
+            run=f"{CUDA}:linear",
+            differentiable=False,
+            refuses=config.cuda_refuses_linear,
+        ),
         Backend(
             name="triton",
             run=f"{TRITON}:linear",
@@ -89,6 +96,12 @@ FEED_FORWARD = Spec(
     options={"dropout": "probability", "seed": "seed?", "eps": "float"},
     output=Tensor("... D"),
     backends=(
+        Backend(
+            name="cuda",
+            run=f"{CUDA}:feed_forward",
+            differentiable=False,
+            refuses=config.cuda_refuses_feed_forward,
+        ),
         Backend(
             name="triton",
             run=f"{TRITON}:feed_forward",

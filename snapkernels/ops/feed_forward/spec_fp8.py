@@ -8,6 +8,7 @@ from snapkernels.ops.feed_forward import bugs, config, eager_fp8, reference
 from snapkernels.ops.feed_forward.cases import feed_forward_cases, linear_cases
 from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
 from snapkernels.ops.feed_forward.spec import (
+    CUDA,
     FEED_FORWARD,
     LINEAR,
     TOKENS,
@@ -77,6 +78,11 @@ LINEAR_FP8 = Spec(
     output=Tensor("... N"),
     backends=(
         Backend(
+            name="cuda",
+            run=f"{CUDA}:linear_fp8",
+            refuses=config.cuda_refuses_linear_fp8,
+        ),
+        Backend(
             name="triton",
             run=f"{TRITON}:linear_fp8",
             refuses=config.triton_refuses_fp8,
@@ -121,6 +127,11 @@ FEED_FORWARD_FP8 = Spec(
     made=Made(FEED_FORWARD.inputs, _quantised_feed_forward),
     output=Tensor("... D"),
     backends=(
+        Backend(
+            name="cuda",
+            run=f"{CUDA}:feed_forward_fp8",
+            refuses=config.cuda_refuses_feed_forward_fp8,
+        ),
         Backend(
             name="triton",
             run=f"{TRITON}:feed_forward_fp8",

@@ -1,0 +1,108 @@
+"""The family's ops in CUDA C++, csrc/linear: rows normed or quantised, then products.
+
+Legend: M tokens, D their width, N that of a linear's result, F hidden width.
+"""
+
+import torch
+
+from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForwardWeights
+
+E4M3 = torch.float8_e4m3fn
+
+
+def linear(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    x_MD = _rows(tokens)
+    y_MN = x_MD.new_empty(len(x_MD), len(bias))
+    torch.ops.snapkernels_cuda.linear(
+        x_MD,
+        weight.contiguous(),
+        bias.contiguous(),
+        _contiguous(norm_weight),
+        _contiguous(norm_bias),
+        None if residual is None else _rows(residual),
+        None if norm_weight is None else torch.empty_like(x_MD),
+        y_MN,
+        eps,
+    )
+    return y_MN.view(*tokens.shape[:-1], -1)
+
+
+def linear_fp8(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    x_MD = _rows(tokens)
+    y_MN = x_MD.new_empty(len(x_MD), len(bias))
+    torch.ops.snapkernels_cuda.linear_fp8(
+        x_MD,
+        weight.contiguous(),
+        weight_scale.contiguous(),
+        bias.contiguous(),
+        _contiguous(norm_weight),
+        _contiguous(norm_bias),
+        None if residual is None else _rows(residual),
+        torch.empty_like(x_MD, dtype=E4M3),
+        x_MD.new_empty(len(x_MD), dtype=torch.float32),
+        y_MN,
+        eps,
+    )
+    return y_MN.view(*tokens.shape[:-1], -1)
+
+
+def feed_forward(
+    tokens: torch.Tensor,
+    w: FeedForwardWeights,
+    dropout: float,
+    seed: int | None,
+    eps: float,
+) -> torch.Tensor:
+    assert not dropout
+    x_MD = _rows(tokens)
+    y_MD = torch.empty_like(x_MD)
+    torch.ops.snapkernels_cuda.feed_forward(
+        x_MD,
+        *(one.contiguous() for one in w),
+        torch.empty_like(x_MD),
+        x_MD.new_empty(len(x_MD), len(w.fc1_bias)),
+        y_MD,
+        eps,
+    )
+    return y_MD.view(tokens.shape)
+
+
+def feed_forward_fp8(tokens: torch.Tensor, w: Fp8FeedForwardWeights, eps: float) -> torch.Tensor:
+    x_MD = _rows(tokens)
+    y_MD = torch.empty_like(x_MD)
+    torch.ops.snapkernels_cuda.feed_forward_fp8(
+        x_MD,
+        *(one.contiguous() for one in w),
+        torch.empty_like(x_MD, dtype=E4M3),
+        x_MD.new_empty(2, len(x_MD), dtype=torch.float32),
+        x_MD.new_empty(len(x_MD), len(w.fc1_bias), dtype=E4M3),
+        y_MD,
+        eps,
+    )
+    return y_MD.view(tokens.shape)
+
+
+def _rows(tokens: torch.Tensor) -> torch.Tensor:
+    """(..., D) as (M, D), contiguous."""
+    return tokens.reshape(-1, tokens.shape[-1]).contiguous()
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
