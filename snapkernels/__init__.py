@@ -1,6 +1,7 @@
 """SnapKernels: the ops of Snap Video's FIT transformers, as drop-ins for any PyTorch model."""
 
 from snapkernels.modules import FeedForward, GroupRead, GroupWrite, LatentAttention
+from snapkernels.modules_fp8 import Fp8FeedForward, Fp8LatentAttention
 from snapkernels.ops.feed_forward.op import feed_forward
 from snapkernels.ops.feed_forward.weights import FeedForwardWeights
 from snapkernels.ops.group_attn.op import group_read, group_write
@@ -13,15 +14,20 @@ from snapkernels.ops.noise.op import forward_process
 from snapkernels.ops.patch.op import patchify, unpatchify
 from snapkernels.ops.stem.op import stem
 from snapkernels.ops.stem.weights import StemWeights
+from snapkernels.recipes import RECIPES, Recipe, quantise
 
 __all__ = [
+    "RECIPES",
     "CrossAttentionWeights",
     "FeedForward",
     "FeedForwardWeights",
+    "Fp8FeedForward",
+    "Fp8LatentAttention",
     "GroupRead",
     "GroupWrite",
     "HeadWeights",
     "LatentAttention",
+    "Recipe",
     "SelfAttentionWeights",
     "StemWeights",
     "feed_forward",
@@ -33,6 +39,7 @@ __all__ = [
     "head_mix",
     "latent_attention",
     "patchify",
+    "quantise",
     "stem",
     "unpatchify",
     "video_mix",
