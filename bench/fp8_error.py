@@ -114,9 +114,7 @@ def rows_of(config: FITConfig, errors: dict[str, float]) -> list[dict[str, Any]]
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--preset", choices=list(PRESETS), help="default: 3.9b on a GPU, else mini"
-    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="default: 3.9b on a GPU, else mini")
     parser.add_argument("--json", type=record_path, metavar="FILE", help="write the record here")
     return parser.parse_args(arguments)
 

@@ -2,8 +2,9 @@
 
 from snapkernels.modules import FeedForward, GroupRead, GroupWrite, LatentAttention
 from snapkernels.modules_fp8 import Fp8FeedForward, Fp8LatentAttention
-from snapkernels.ops.feed_forward.op import feed_forward
-from snapkernels.ops.feed_forward.weights import FeedForwardWeights
+from snapkernels.ops.feed_forward.op import feed_forward, feed_forward_fp8, linear, linear_fp8
+from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
+from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForwardWeights
 from snapkernels.ops.group_attn.op import group_read, group_write
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 from snapkernels.ops.head.op import head, head_loss, head_mix, video_mix
@@ -22,6 +23,7 @@ __all__ = [
     "FeedForward",
     "FeedForwardWeights",
     "Fp8FeedForward",
+    "Fp8FeedForwardWeights",
     "Fp8LatentAttention",
     "GroupRead",
     "GroupWrite",
@@ -31,6 +33,7 @@ __all__ = [
     "SelfAttentionWeights",
     "StemWeights",
     "feed_forward",
+    "feed_forward_fp8",
     "forward_process",
     "group_read",
     "group_write",
@@ -38,8 +41,12 @@ __all__ = [
     "head_loss",
     "head_mix",
     "latent_attention",
+    "linear",
+    "linear_fp8",
     "patchify",
     "quantise",
+    "quantise_feed_forward",
+    "quantise_rows",
     "stem",
     "unpatchify",
     "video_mix",

@@ -19,6 +19,7 @@ _SCHEMA_TYPES = {
     "float": "float",
     "positive": "float",
     "seed": "SymInt",
+    "seed?": "SymInt?",
 }
 Call = tuple[Any, ...]  # inputs, then options, in the spec's order
 
@@ -43,14 +44,16 @@ def define(
     Args:
         setup_context, backward: as `torch.library.register_autograd` takes them, of an op whose
             backward is another op. Without them an op <name>_backward is registered beside it: it
-            runs what the backend has for that, or differentiates the backend's PyTorch calls.
+            runs what the backend has for that, or differentiates the backend's PyTorch calls. An
+            op that has no gradient at all has no backward.
     """
     op = _register_forward(spec)
     by_another_op = backward is not None
-    if backward is None:
+    if backward is None and spec.trains:
         setup_context, backward = _register_backward(spec)
-    name = f"snapkernels::{spec.name}"
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+    if backward is not None:
+        name = f"snapkernels::{spec.name}"
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
     passed: set[Call] = set()
 
     def check(call: Call, backend: str | None) -> None:
@@ -123,8 +126,7 @@ def _register_forward(spec: Spec) -> Callable[..., Any]:
 
     def fake(*flat: Any) -> Any:
         call, backend = _split(spec, flat)
-        sizes = spec.check(*call)
-        output = flat[0].new_empty(spec.output.shape(sizes), dtype=spec.result_dtype(call))
+        output = flat[0].new_empty(spec.result_shape(call), dtype=spec.result_dtype(call))
         return (output, *_saved(spec, call, backend)) if spec.saved else output
 
     def flops(*flat: Any, out_val: Any) -> int:

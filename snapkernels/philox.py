@@ -1,12 +1,13 @@
-"""Standard normal noise by counter: seed, sample and element name a value, on any device.
+"""Noise and dropout by counter: seed, sample and element name a value, on any device.
 
 Nothing is carried from call to call: a video's noise is the same alone, in any batch, on any number
 of GPUs, and a kernel can make it where it is needed. This is the definition, in PyTorch;
 `philox_triton.py` and `csrc/philox.cuh` are the same in the languages of the kernels. The words
-agree bit for bit, and the normals of all three are within 2 ulp of the equation.
+agree bit for bit, so dropout does, and the normals of all three are within 2 ulp of the equation.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+
+# The sample that dropout counts by. No video has it, so that one seed may serve noise and dropout.
+DROPOUT_SAMPLE = -1
 
 _LOW = 0xFFFFFFFF
 # Of B x K counters at once: about 20 MB of temporaries.
@@ -63,15 +67,29 @@ def normals(seed: int, sample: Tensor, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: the seed is out of range, or `sample` has another dtype or rank.
     """
-    _check(seed, sample)
-    size = math.prod(shape)
-    batch, count = len(sample), -(-size // 4)
-    z_BK4 = torch.empty(batch, count, 4, dtype=torch.float32, device=sample.device)
-    step = max(1, _CHUNK // max(1, batch))
-    for start in range(0, count, step):
-        blocks = torch.arange(start, min(start + step, count), device=sample.device)
-        z_BK4[:, start : start + step] = box_muller(words(seed, sample, blocks))
-    return z_BK4.reshape(batch, 4 * count)[:, :size].reshape(batch, *shape)
+    return _by_block(seed, sample, shape, torch.float32, box_muller)
+
+
+def kept(
+    seed: int, shape: tuple[int, ...], probability: float, device: torch.device | str
+) -> Tensor:
+    """Which elements dropout keeps, bool of `shape`: each but with `probability`.
+
+    Element e in contiguous order has word e % 4 of block e // 4 of `DROPOUT_SAMPLE` (c_2 and c_3
+    are all ones), and is zeroed where that is below floor(probability 2^32).
+
+    Args:
+        seed: in [0, 2^64).
+        shape: of the tensor.
+        probability: of zeroing an element, in [0, 1).
+        device: of the result.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+    sample = torch.tensor([DROPOUT_SAMPLE], device=device)
+    least = int(probability * 2**32)
+    return _by_block(seed, sample, shape, torch.bool, lambda words: words >= least)[0]
 
 
 def box_muller(words: Tensor) -> Tensor:
@@ -89,6 +107,25 @@ def box_muller(words: Tensor) -> Tensor:
     r = torch.where(quarter >= 2, -r, r)
     z = torch.where(swap, -sine, cosine) * r, torch.where(swap, cosine, sine) * r
     return torch.stack(z, -1).flatten(-2)
+
+
+def _by_block(
+    seed: int,
+    sample: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    make: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """(B, *shape) of `dtype`: what `make` makes of the words of each block, four elements."""
+    _check(seed, sample)
+    size = math.prod(shape)
+    batch, count = len(sample), -(-size // 4)
+    made_BK4 = torch.empty(batch, count, 4, dtype=dtype, device=sample.device)
+    step = max(1, _CHUNK // max(1, batch))
+    for start in range(0, count, step):
+        blocks = torch.arange(start, min(start + step, count), device=sample.device)
+        made_BK4[:, start : start + step] = make(words(seed, sample, blocks))
+    return made_BK4.reshape(batch, 4 * count)[:, :size].reshape(batch, *shape)
 
 
 def _product(multiplier: int, c: Tensor) -> tuple[Tensor, Tensor]:

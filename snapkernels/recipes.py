@@ -144,5 +144,5 @@ def quantise(model: nn.Module, recipe: str | Recipe) -> nn.Module:
     model.requires_grad_(False)
     for parameter in model.parameters():
         parameter.grad = None
-    model.recipe = recipe
+    model.recipe = recipe  # type: ignore[assignment]
     return model.eval()

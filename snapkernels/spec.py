@@ -18,6 +18,7 @@ OPTION_CHECKS: dict[str, Check] = {
     "float": Arguments.number,
     "positive": Arguments.positive,
     "seed": Arguments.seed,
+    "seed?": Arguments.optional_seed,
 }
 
 
@@ -38,6 +39,8 @@ class Tensor:
             proofs want it and benches do not. What is not floating point has none.
         positive: whether every element has to be above 0. That is held against a CPU tensor;
             elsewhere it would wait for the device, and what is not above 0 gives NaN.
+        parameter: whether it is drawn as those of named tuples are, see
+            `snapkernels.testing.inputs`.
     """
 
     text: str
@@ -45,6 +48,7 @@ class Tensor:
     optional: bool = False
     grad: Literal["always", "asked", "never"] = "always"
     positive: bool = False
+    parameter: bool = False
     dims: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,10 +69,10 @@ class Tensor:
 
     def look_inside(self, args: Arguments, name: str, value: Any) -> None:
         """Check what two tensors of one shape, dtype and device may differ in."""
+        if self.grad == "never":
+            refuse_gradient(args, name, value)
         if type(value) not in PLAIN or torch.compiler.is_compiling():
             return
-        if self.grad == "never" and value.requires_grad and torch.is_grad_enabled():
-            args.fail(f"{name} has no gradient here, but requires one: detach it")
         if self.positive and value.device.type == "cpu" and not (value > 0).all():
             args.fail(f"{name} must be above 0, got {value.tolist()}")
 
@@ -79,13 +83,55 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Fields:
-    """An argument that is a named tuple of tensors, such as the weights of a sublayer."""
+    """An argument that is a named tuple of tensors, such as the weights of a sublayer.
+
+    Attributes:
+        kind: the class of the tuple.
+        dims: {field: its dimensions}.
+        dtypes: {field: its dtype}, of those that are not of the call's.
+        grad: whether the fields have gradients.
+    """
 
     kind: type[tuple]
     dims: dict[str, tuple[str, ...]]
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    grad: Literal["always", "never"] = "always"
+
+    @property
+    def differentiable(self) -> bool:
+        return self.grad != "never"
 
     def bind(self, args: Arguments, name: str, value: Any) -> None:
-        args.bind_fields(name, value, self.dims)
+        args.bind_fields(name, value, self.dims, self.dtypes)
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether more than shape, dtype and device has to be right."""
+        return self.grad == "never"
+
+    def look_inside(self, args: Arguments, name: str, value: Any) -> None:
+        """Check what two tuples of one form may differ in."""
+        for part, tensor in zip(self.dims, value, strict=True):
+            refuse_gradient(args, f"{name}.{part}", tensor)
+
+
+def refuse_gradient(args: Arguments, name: str, value: torch.Tensor | None) -> None:
+    """Fail if a gradient of `value`, which has none, is asked for."""
+    if value is not None and value.requires_grad and torch.is_grad_enabled():
+        args.fail(f"{name} has no gradient here, but requires one: detach it")
+
+
+@dataclass(frozen=True)
+class Made:
+    """How random inputs of a call are made, where they cannot be drawn one by one.
+
+    Attributes:
+        of: {name: its form} of what is drawn.
+        by: called with that, returns the inputs.
+    """
+
+    of: Mapping[str, Tensor | Fields]
+    by: Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +174,7 @@ class Case:
         sizes: of the inputs' dimensions; of "...", a tuple.
         options: of the call.
         dtypes: of the tensors.
+        change: called with what was drawn, returns what the inputs are to be.
     """
 
     name: str
@@ -135,6 +182,7 @@ class Case:
     sizes: Mapping[str, Any]
     options: Mapping[str, Any]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    change: Callable[..., tuple[Any, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +228,8 @@ class Spec:
         inputs: {argument: `Tensor` or `Fields`}, the first of which sets dtype and device.
         options: {argument: a key of `OPTION_CHECKS`}; the parts of an int[3] are name[0] to [2].
         rules: between sizes and options, see `snapkernels.validate`.
+        together: pairs of optional inputs of which a call gives both or neither.
+        made: how random inputs are made, where they are not drawn one by one.
         output: the result.
         saved: {what a kernel keeps for its backward: its form}.
         keeps: whether that is kept in a call of such sizes that names no backend; the op's results
@@ -192,7 +242,11 @@ class Spec:
         flops: of a forward call, from its sizes.
         algorithms: {name: its FLOPs, likewise} where there are several that are exact.
         exact: a result is right only if it is the reference's, bit for bit.
-        residual: the input that the op adds its branch to; errors are measured on the branch.
+        limit: relative error that its eager backend may have, where more is asked of its dtype
+            than the recipe can give.
+        slack: times eager's error that another backend may have.
+        residual: the input that the op adds its branch to; errors are measured on the branch, or
+            whole where a call leaves it out.
         moves: its time is that of moving its bytes, so a copy of them is timed beside it.
         compiled_beside: torch.compile of the eager backend is timed beside it.
         peers: {name: what others offer, a function as `Backend.run` is} that are timed beside the
@@ -210,6 +264,8 @@ class Spec:
     inputs: dict[str, Tensor | Fields]
     options: dict[str, str]
     rules: tuple[str, ...] = ()
+    together: tuple[tuple[str, str], ...] = ()
+    made: Made | None = None
     output: Tensor
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     keeps: Callable[[Sizes], bool] = lambda sizes: True
@@ -221,6 +277,8 @@ class Spec:
     flops: Callable[[Sizes], int] = lambda sizes: 0
     algorithms: Mapping[str, Callable[[Sizes], int]] = field(default_factory=dict)
     exact: bool = False
+    limit: float | None = None
+    slack: float = 1.0
     residual: str | None = None
     moves: bool = False
     compiled_beside: bool = False
@@ -229,7 +287,7 @@ class Spec:
     sass: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     most_registers: int = 255
     checks: tuple[tuple[str, Check], ...] = field(init=False, repr=False)
-    inner_checks: tuple[tuple[int, str, Tensor], ...] = field(init=False, repr=False)
+    inner_checks: tuple[tuple[int, str, Tensor | Fields], ...] = field(init=False, repr=False)
     parsed_rules: tuple[Rule, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -240,7 +298,7 @@ class Spec:
         inner = [
             (position, name, declared)
             for position, (name, declared) in enumerate(self.inputs.items())
-            if isinstance(declared, Tensor) and declared.looks_inside
+            if declared.looks_inside
         ]
         object.__setattr__(self, "inner_checks", tuple(inner))
         object.__setattr__(self, "parsed_rules", tuple(map(Rule.parse, self.rules)))
@@ -254,6 +312,11 @@ class Spec:
         args = Arguments(self.name)
         for (name, check), value in zip(self.checks, values, strict=True):
             check(args, name, value)
+        given = dict(zip(self.inputs, values, strict=False))
+        for one, other in self.together:
+            if (given[one] is None) != (given[other] is None):
+                left_out = one if given[one] is None else other
+                args.fail(f"{one} and {other} go together, but {left_out} is left out")
         for rule in self.parsed_rules:
             args.hold(rule)
         self.look_inside(*values)
@@ -265,8 +328,8 @@ class Spec:
         Raises:
             ValueError: as `check` does.
         """
-        for position, name, tensor in self.inner_checks:
-            tensor.look_inside(Arguments(self.name), name, values[position])
+        for position, name, declared in self.inner_checks:
+            declared.look_inside(Arguments(self.name), name, values[position])
 
     def backend(self, name: str) -> Backend:
         """The backend called `name`.
@@ -303,10 +366,15 @@ class Spec:
         found = []
         for declared in self.inputs.values():
             if isinstance(declared, Fields):
-                found += [True] * len(declared.dims)
+                found += [declared.differentiable] * len(declared.dims)
             else:
                 found.append(declared.differentiable)
         return found
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything has a gradient; an op for inference alone has none."""
+        return any(self.differentiable)
 
     def call_dtype(self, values: tuple[Any, ...]) -> torch.dtype:
         """The dtype that a call's first input without one of its own sets."""
@@ -316,6 +384,16 @@ class Spec:
             if declared.dtype is None:
                 return value.dtype
         raise AssertionError(f"{self.name}: every input has a dtype of its own")
+
+    def result_shape(self, values: tuple[Any, ...]) -> list[int]:
+        """The shape of the output of a call, "..." as the first input has it."""
+        shape = self.output.shape(self.check(*values))
+        if self.output.dims[0] != "...":
+            return shape
+        first = next(iter(self.inputs.values()))
+        assert isinstance(first, Tensor)
+        leading = values[0].dim() - len(first.dims) + 1
+        return [*values[0].shape[:leading], *shape[1:]]
 
     def result_dtype(self, values: tuple[Any, ...]) -> torch.dtype:
         """The dtype of the output of a call."""

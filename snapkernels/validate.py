@@ -7,6 +7,7 @@ that of an argument left out is 0.
 """
 
 import re
+from collections.abc import Mapping
 from math import prod
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -57,6 +58,7 @@ class Arguments:
         self._bound_by: dict[str, str] = {}
         self._placed: tuple[str, torch.Tensor] | None = None  # the first tensor, for the device
         self._typed: tuple[str, torch.Tensor] | None = None  # the first of the call's dtype
+        self._leading: tuple[str, tuple[int, ...]] | None = None  # the first that has a "..."
 
     def bind(
         self,
@@ -68,15 +70,16 @@ class Arguments:
     ) -> None:
         """Check that `tensor` has the dimensions called `dims` and remember their sizes.
 
-        A first dimension "..." stands for any number; its size is their product. The first tensor
-        sets the device of the others; the first of no dtype of its own must be floating point and
-        sets theirs.
+        A first dimension "..." stands for any number, the same ones in every tensor that has it;
+        its size is their product. The first tensor sets the device of the others; the first of no
+        dtype of its own must be floating point and sets theirs.
         """
         if not isinstance(tensor, torch.Tensor):
             self.fail(f"{name} must be a tensor, got {type(tensor).__name__}")
         shape: tuple[int, ...] = tensor.shape
         if dims[:1] == ("...",) and len(shape) >= len(dims) - 1:
             leading = len(shape) - len(dims) + 1
+            self._lead(name, shape[:leading])
             shape = (prod(shape[:leading]), *shape[leading:])
         if len(shape) != len(dims):
             least = "at least " * (dims[:1] == ("...",))
@@ -97,22 +100,38 @@ class Arguments:
                 )
         self._check_dtype_and_device(name, tensor, dtype)
 
-    def bind_fields(self, name: str, fields: tuple, dims: dict[str, tuple[str, ...]]) -> None:
-        """Bind every tensor of the named tuple `fields`, called `name`, to its `dims`."""
+    def _lead(self, name: str, shape: tuple[int, ...]) -> None:
+        """Hold the dimensions for which `name` has "..." against those of the first that has it."""
+        first, expected = self._leading = self._leading or (name, tuple(shape))
+        if tuple(shape) != expected:
+            self.fail(f"{name} has leading dimensions {tuple(shape)}, but {first} has {expected}")
+
+    def bind_fields(
+        self,
+        name: str,
+        fields: tuple,
+        dims: dict[str, tuple[str, ...]],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        """Bind every tensor of the named tuple `fields`, called `name`, to its `dims`.
+
+        Those that `dtypes` names have these dtypes, the others that of the call.
+        """
         if getattr(fields, "_fields", None) != tuple(dims):
             self.fail(f"{name} must have the fields {', '.join(dims)}, got {type(fields).__name__}")
         known = self.sizes.get
         for (field, names), tensor in zip(dims.items(), fields, strict=True):
             first = self._typed[1] if self._typed else None
+            own = dtypes.get(field)
             dtype, device = (first.dtype, first.device) if first is not None else (None, None)
             # What fits is passed over in half a microsecond: a host-bound model feels the rest.
             if not (
                 isinstance(tensor, torch.Tensor)
-                and tensor.dtype is dtype
+                and tensor.dtype is (own or dtype)
                 and tensor.shape == tuple(map(known, names))
                 and tensor.device == device
             ):
-                self.bind(f"{name}.{field}", tensor, names)
+                self.bind(f"{name}.{field}", tensor, names, dtype=own)
 
     def count(self, name: str, value: Any) -> None:
         """Check that `value` is a positive int and remember it as a size."""
@@ -144,6 +163,11 @@ class Arguments:
         whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
         if not whole or not 0 <= value < 2**63:
             self.fail(f"{name} must be an int from 0 to 2^63 - 1, got {value!r}")
+
+    def optional_seed(self, name: str, value: Any) -> None:
+        """Check that `value` is None or a `seed`."""
+        if value is not None:
+            self.seed(name, value)
 
     def number(self, name: str, value: Any) -> None:
         """Check that `value` is a number that is not negative."""

@@ -25,7 +25,9 @@ class CapturedFIT:
     to be captured anew. Calls share their memory: make them on one stream.
     """
 
-    def __init__(self, model: FIT, x_BCTHW: torch.Tensor, sigma_B: torch.Tensor, cond: Conditioning):
+    def __init__(
+        self, model: FIT, x_BCTHW: torch.Tensor, sigma_B: torch.Tensor, cond: Conditioning
+    ):
         config, weight, wide = model.config, model.positions, at_least_fp32(sigma_B)
         if model.training:
             raise ValueError(f"FIT {config.name}: capture needs evaluation mode: call eval() first")
@@ -96,7 +98,7 @@ class CapturedFIT:
             ValueError: an input differs from what was captured, or the end is a `Loss`.
         """
         if isinstance(end, Loss):
-            raise ValueError(f"FIT {self.name}, captured: a loss has no gradient here: call the FIT")
+            raise ValueError(f"FIT {self.name}, captured: end must be a Mix or None, got a Loss")
         given = _named(x_BCTHW, sigma_B, cond, previous_BLD, scale_B, end)
         for name, tensor in given.items():
             self._check(name, tensor)

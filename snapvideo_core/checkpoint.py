@@ -129,14 +129,14 @@ def _written(header: Header) -> dict[str, str]:
 def _read(texts: dict[str, str], asked: str | Recipe | None, path: Path) -> Header:
     """The header of a file that may be loaded."""
     if texts.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: it holds no {FORMAT}, its format is {texts.get('format')!r}")
+        raise CheckpointError(f"{path}: its format is {texts.get('format')!r}, not {FORMAT!r}")
     if texts.get("version") != VERSION:
         raise CheckpointError(f"{path}: version {texts.get('version')!r} is not {VERSION!r}")
     try:
         config = FITConfig(**_tuples(json.loads(texts["config"])))
-        recipe = json.loads(texts["recipe"])
+        recipe = _tuples(json.loads(texts["recipe"]))
         dtype = texts["dtype"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header cannot be read: {error}") from error
     if dtype not in DTYPES:
         raise CheckpointError(f"{path}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -145,7 +145,7 @@ def _read(texts: dict[str, str], asked: str | Recipe | None, path: Path) -> Head
 
 def _known(written: dict[str, Any], asked: str | Recipe | None, path: Path) -> Recipe:
     """The recipe of a file, which must be the one asked for, or of `RECIPES`, in every field."""
-    name = written.get("name") if isinstance(written, dict) else written
+    name = written.get("name")
     wanted = asked if isinstance(asked, Recipe) else RECIPES.get(asked or str(name))
     if wanted is None:
         known = ", ".join(map(repr, RECIPES))
@@ -154,10 +154,12 @@ def _known(written: dict[str, Any], asked: str | Recipe | None, path: Path) -> R
     if name != wanted.name:
         raise CheckpointError(f"{path}: its recipe is {name!r}, asked for was {wanted.name!r}")
     now = asdict(wanted)
-    read = _tuples(written)
-    changed = [field for field in now.keys() | read.keys() if now.get(field) != read.get(field)]
-    if changed:
-        parts = [f"{f} is {read.get(f)!r}, not {now.get(f)!r}" for f in sorted(changed)]
+    parts = [
+        f"{field} is {written.get(field)!r}, not {now.get(field)!r}"
+        for field in sorted(now.keys() | written.keys())
+        if written.get(field) != now.get(field)
+    ]
+    if parts:
         raise CheckpointError(
             f"{path}: recipe {name!r} has changed since the file was written: {'; '.join(parts)}"
         )

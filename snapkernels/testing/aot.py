@@ -32,6 +32,7 @@ TRITON_DTYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int64: "*i64",
     torch.bool: "*i1",
 }

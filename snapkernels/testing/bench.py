@@ -44,6 +44,8 @@ class Variant(NamedTuple):
 
 def directions(spec: Spec) -> tuple[str, ...]:
     """What of an op is timed: of a sublayer forward and backward together too."""
+    if not spec.trains:
+        return ("fwd",)
     return ("fwd", "bwd", "fwd_bwd") if spec.kind == "layer" else ("fwd", "bwd")
 
 
@@ -112,18 +114,19 @@ def overhead_us(op: Op, case: Case, backend: Backend, device: torch.device) -> d
     """
     dtype = case.dtypes[0]
     call_values = make_values(op.spec, case, dtype, device)
-    leaf_values = make_values(op.spec, case, dtype, device)
-    leaf_values[0].requires_grad_()
     run = implementation(backend)
     keywords = dict(zip((*op.spec.inputs, *op.spec.options), call_values, strict=True))
-    of_leaf = dict(zip(keywords, leaf_values, strict=True))
     scratch = torch.zeros(64, device=device)
     timed: dict[str, Callable[[], Any]] = {
         "call": lambda: op.function(**keywords),
         "backend": lambda: run(*call_values),
-        "gradient": lambda: op.function(**of_leaf),
         "torch": scratch.zero_,
     }
+    if op.spec.trains:
+        leaf_values = make_values(op.spec, case, dtype, device)
+        leaf_values[0].requires_grad_()
+        of_leaf = dict(zip(keywords, leaf_values, strict=True))
+        timed["gradient"] = lambda: op.function(**of_leaf)
     samples: dict[str, list[float]] = {name: [] for name in (*timed, "overhead")}
     for _ in range(30):
         for name, function in timed.items():
@@ -146,7 +149,8 @@ def _variants(
     prove = values if direction == "fwd" else gradients
     for backend in candidates(spec, sets[0]):
         # PyTorch has no unsigned words to count noise with: its way takes a hundred times longer.
-        counted = backend.name == "eager" and "seed" in spec.options and direction == "fwd"
+        seeded = case.options.get("seed") is not None
+        counted = backend.name == "eager" and seeded and direction == "fwd"
         if backend.name == "reference" or (counted and device.type == "cuda"):
             continue
         if direction != "fwd" and not backend.differentiable:

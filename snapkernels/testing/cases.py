@@ -7,7 +7,7 @@ import torch
 
 from snapkernels.registry import OPS, Op
 from snapkernels.spec import Case, Fields, Spec, Tensor
-from snapkernels.testing.inputs import random_weights
+from snapkernels.testing.inputs import random_parameter, random_weights
 from snapkernels.validate import resolved
 
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
@@ -41,11 +41,12 @@ def make_values(
 ) -> tuple[Any, ...]:
     """Random inputs of `case`, then its options, in the spec's order; a mask is half true.
 
-    On the device "meta" the tensors have shapes only.
+    Those that the spec makes of others (`Spec.made`) are made of random ones. On the device "meta"
+    the tensors have shapes only.
     """
     generator = torch.Generator(device).manual_seed(seed) if str(device) != "meta" else None
     values: list[Any] = []
-    for name, declared in spec.inputs.items():
+    for name, declared in (spec.made.of if spec.made else spec.inputs).items():
         if isinstance(declared, Fields):
             values.append(
                 random_weights(
@@ -64,7 +65,15 @@ def make_values(
         shape: list[int] = []
         for dim in declared.dims:
             shape += case.sizes[dim] if dim == "..." else [case.sizes[dim]]
+        if declared.parameter:
+            drawn = random_parameter(name, shape, device=device, generator=generator)
+            values.append(drawn.to(dtype))
+            continue
         values.append(_drawn(declared, shape, dtype, device, generator))
+    if case.change:
+        values = list(case.change(*values))
+    if spec.made:
+        values = list(spec.made.by(*values))
     return (*values, *(case.options[name] for name in spec.options))
 
 
@@ -93,7 +102,7 @@ def leaves(spec: Spec, values: tuple[Any, ...], *, asked: bool = True) -> list[t
     found: list[torch.Tensor] = []
     for declared, value in zip(spec.inputs.values(), values, strict=False):
         if isinstance(declared, Fields):
-            found += value
+            found += value if declared.differentiable else ()
         elif value is not None and declared.differentiable and (asked or declared.grad != "asked"):
             found.append(value)
     return found

@@ -56,10 +56,11 @@ def any_strides(op: Op, device: str) -> None:
     named, gradients included, and for a gradient that is one number expanded.
     """
     values = _small(op.spec, device)
-    expected = call(op, values)
-    ones = _gradients(op, values, None, torch.ones_like(expected))
-    expanded = _gradients(op, values, None, expected.new_ones(()).expand(expected.shape))
-    assert _near(expanded, ones)
+    if op.spec.trains:
+        expected = call(op, values)
+        ones = _gradients(op, values, None, torch.ones_like(expected))
+        expanded = _gradients(op, values, None, expected.new_ones(()).expand(expected.shape))
+        assert _near(expanded, ones)
     for backend in (None, *op.spec.backends):
         name = backend.name if backend else None
         for dtype in _STRIDED:
@@ -68,7 +69,7 @@ def any_strides(op: Op, device: str) -> None:
                 break
         else:
             continue
-        has_gradients = backend is None or backend.differentiable
+        has_gradients = op.spec.trains and (backend is None or backend.differentiable)
         expected = call(op, values, name)
         grads = gradients_of(op, values, name) if has_gradients else ()
         for strided in (_permuted, _offset):
@@ -83,7 +84,7 @@ def any_strides(op: Op, device: str) -> None:
 
 def backward_keeps_the_backend(op: Op, device: str) -> None:
     """The backward of a registered op runs the backend that the forward was asked for."""
-    if not hasattr(torch.ops.snapkernels, op.spec.name):
+    if not hasattr(torch.ops.snapkernels, op.spec.name) or not op.spec.trains:
         return
     asked = []
 
@@ -119,8 +120,9 @@ def empty_batch(op: Op, device: str) -> None:
 def not_finite(op: Op, device: str) -> None:
     """NaN and inf in the first input stay, and reach nothing that they do not in the equation.
 
-    Of a sublayer only so much: PyTorch's SDPA on a CPU loses the NaN of a query.
+    Of a sublayer that adds to it only so much: PyTorch's SDPA on a CPU loses the NaN of a query.
     """
+    own_residual = op.spec.residual == next(iter(op.spec.inputs))
     for bad in (float("nan"), float("inf")):
         values = _small(op.spec, device)
         at = values[0].numel() // 3
@@ -131,7 +133,7 @@ def not_finite(op: Op, device: str) -> None:
             assert torch.equal(result.nan_to_num(), expected.nan_to_num())
             assert torch.equal(result.isnan(), expected.isnan())
             continue
-        if op.spec.residual is None:
+        if not own_residual:
             assert torch.equal(result.isfinite(), expected.isfinite()), f"{bad} was lost or spread"
             continue
         assert not result.view(-1)[at].isfinite(), f"{bad} was lost"
@@ -153,15 +155,21 @@ def bad_input(op: Op, device: str) -> None:
         if isinstance(declared, Tensor) and value is not None:
             refused(position, [[0.0]], name)
             refused(position, value.reshape(-1)[0], name)
-            wrong = torch.float32 if isinstance(declared.dtype, torch.dtype) else torch.int32
-            refused(position, value.to(wrong), name)
-        elif value is not None:
+            refused(position, value.to(torch.int32), name)
+        elif isinstance(declared, Fields):
             refused(position, value[:-1], name)
+            for field in declared.dtypes:
+                wrong = value._replace(**{field: getattr(value, field).to(torch.int32)})
+                refused(position, wrong, f"{name}.{field}")
+    for pair in spec.together:
+        for left_out in pair:
+            refused(list(spec.inputs).index(left_out), None, left_out)
     for position, (name, kind) in enumerate(spec.options.items(), len(spec.inputs)):
         bad: dict[str, tuple[Any, ...]] = {
             "int": (0, -1, 2.0, True),
             "int[3]": ((1, 2), (1, 2, 0), 4),
             "seed": (-1, 2**63, 1.0, True),
+            "seed?": (-1, 2**63, 1.0, True),
             "positive": (0.0, -1.0, float("inf"), float("nan"), "x"),
         }
         for value in bad.get(kind, (-1.0, "x")):
@@ -193,8 +201,11 @@ def sizes_that_contradict(op: Op, device: str) -> None:
 
 
 def gradcheck(op: Op, device: str) -> None:
-    """Gradients agree with finite differences in float64."""
+    """Gradients agree with finite differences in float64; an op without any refuses to give one."""
     values = _small(op.spec, device)
+    if not op.spec.trains:
+        _refuses_gradients(op, values)
+        return
     inputs = [leaf.requires_grad_() for leaf in leaves(op.spec, values)]
 
     def function(*tensors: torch.Tensor) -> torch.Tensor:
@@ -203,13 +214,29 @@ def gradcheck(op: Op, device: str) -> None:
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
+def _refuses_gradients(op: Op, values: tuple[Any, ...]) -> None:
+    """Every tensor that requires a gradient is named, and welcome where none is recorded."""
+    for one in op.spec.flatten(values):
+        if one is None or not one.is_floating_point():
+            continue
+        one.requires_grad_()
+        assert "has no gradient here" in _message(partial(call, op, values))
+        with torch.no_grad():
+            call(op, values)
+        one.requires_grad_(False)
+
+
 def compiles(op: Op, device: str) -> None:
-    """torch.compile takes the call without a graph break, forward and backward."""
+    """torch.compile takes the call without a graph break, forward and, if any, backward."""
     values = _small(op.spec, device)
-    expected = gradients_of(op, values, None)
+
+    def results(op: Op) -> tuple[torch.Tensor, ...]:
+        return gradients_of(op, values, None) if op.spec.trains else (call(op, values),)
+
+    expected = results(op)
     compiled = Op(op.spec, torch.compile(op.function, fullgraph=True, backend="aot_eager"))
     torch.compiler.reset()
-    for one, other in zip(gradients_of(compiled, values, None), expected, strict=True):
+    for one, other in zip(results(compiled), expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
 
 

@@ -30,9 +30,20 @@ def random_weights(
 
     def draw(field: str, names: tuple[str, ...]) -> torch.Tensor:
         shape = [sizes[name] for name in names]
-        values = torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
-        if len(names) == 2:
-            return values * shape[1] ** -0.5
-        return 1 + 0.2 * values if field.endswith("norm_weight") else 0.3 * values
+        return random_parameter(field, shape, device=device, generator=generator).to(dtype)
 
-    return kind(**{field: draw(field, names).to(dtype) for field, names in dims.items()})
+    return kind(**{field: draw(field, names) for field, names in dims.items()})
+
+
+def random_parameter(
+    name: str,
+    shape: list[int],
+    *,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """One of `random_weights`, float32: the parameter `name` of `shape`."""
+    values = torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
+    if len(shape) == 2:
+        return values * shape[1] ** -0.5
+    return 1 + 0.2 * values if name.endswith("norm_weight") else 0.3 * values

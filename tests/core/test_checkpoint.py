@@ -46,7 +46,9 @@ def rewrite(path, tensors=None, **texts):
 @pytest.mark.parametrize("config", [TINY, replace(TINY_UP, name="mine", positions="token")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_is_loaded_is_what_was_saved(config, dtype, recipe, path, rng, random_fit, conditioning):
+def test_what_is_loaded_is_what_was_saved(
+    config, dtype, recipe, path, rng, random_fit, conditioning
+):
     model = quantise(random_fit(config, rng, backend="reference").to(dtype), recipe)
     save_model(model, path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -68,9 +70,9 @@ def test_what_is_loaded_is_what_was_saved(config, dtype, recipe, path, rng, rand
 def test_an_fp8_file_is_half_a_bf16_one(saved, rng, random_fit, tmp_path):
     model = random_fit(TINY, rng).bfloat16()
     save_model(model, tmp_path / "bf16")
-    quantised = sum(p.numel() for m in model.modules() if isinstance(m, FeedForward) for p in (m.fc1.weight, m.fc2.weight))
+    matrices = sum(2 * m.fc1.weight.numel() for m in model.modules() if isinstance(m, FeedForward))
     saving = (tmp_path / "bf16").stat().st_size - saved[1].stat().st_size
-    assert saving > 0.8 * quantised
+    assert saving > 0.8 * matrices  # a byte each, and scales and names are small
 
 
 def test_loading_makes_no_weight_that_is_not_in_the_file(saved, monkeypatch):
@@ -148,7 +150,7 @@ def text_of(field, change):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (lambda _: {"format": None}, "it holds no snapvideo_core.FIT, its format is None"),
+        (lambda _: {"format": None}, "its format is None, not 'snapvideo_core.FIT'"),
         (lambda _: {"version": "0"}, "version '0' is not '1'"),
         (lambda _: {"dtype": "BF8"}, "dtype 'BF8' is not one of F64"),
         (lambda _: {"recipe": None}, "its header cannot be read: 'recipe'"),
@@ -161,7 +163,7 @@ def text_of(field, change):
         ),
         (
             text_of("recipe", lambda r: r | {"hidden": "e4m3, a scale for 128"}),
-            "recipe 'fp8' has changed since .*: hidden is 'e4m3, a scale for 128', not 'e4m3, a sca",
+            "recipe 'fp8' has changed since .*: hidden is 'e4m3, a scale for 128', not 'e4m3",
         ),
         (text_of("recipe", lambda r: r | {"name": "fp6"}), "recipe must be one of 'bf16', 'fp8'"),
         (text_of("recipe", lambda r: "fp8"), "its header cannot be read"),
@@ -212,7 +214,7 @@ def test_a_foreign_file_and_none_are_refused(path):
     with pytest.raises(CheckpointError, match="no safetensors file, or cut off"):
         load_model(path)
     save_file({"a": torch.zeros(3)}, path)
-    with pytest.raises(CheckpointError, match=r"it holds no snapvideo_core.FIT"):
+    with pytest.raises(CheckpointError, match="its format is None"):
         load_model(path)
     path.unlink()
     with pytest.raises(FileNotFoundError):

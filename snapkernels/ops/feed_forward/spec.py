@@ -1,22 +1,83 @@
-"""The record of feed_forward."""
-
-import torch
+"""The records of linear and feed_forward."""
 
 from snapkernels.ops.feed_forward import eager, reference
+from snapkernels.ops.feed_forward.cases import SMALL, feed_forward_cases, linear_cases
 from snapkernels.ops.feed_forward.weights import DIMS, FeedForwardWeights
-from snapkernels.spec import Backend, Case, Fields, Mutant, Spec, Tensor
+from snapkernels.spec import Backend, Case, Fields, Mutant, Sizes, Spec, Tensor
 
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-# Dropout draws at random, so no case has it; tests/ops/test_feed_forward.py counts its survivors.
-PLAIN = {"dropout": 0.0, "eps": 1e-6}
+TOKENS = {"...": "tokens", "D": "their width"}
+
+
+def linear_flops(sizes: Sizes) -> int:
+    """Of the product."""
+    return 2 * sizes["..."] * sizes["D"] * sizes["N"]
+
+
+def feed_forward_flops(sizes: Sizes) -> int:
+    """Of both products."""
+    return 4 * sizes["..."] * sizes["D"] * sizes["F"]
+
+
+LINEAR = Spec(
+    name="linear",
+    kind="layer",
+    math="y = [residual +] weight LN(tokens) + bias, LN only where its parameters are given",
+    legend=TOKENS | {"N": "width of the result"},
+    inputs={
+        "tokens": Tensor("... D"),
+        "weight": Tensor("N D", parameter=True),
+        "bias": Tensor("N", parameter=True),
+        "norm_weight": Tensor("D", optional=True, parameter=True),
+        "norm_bias": Tensor("D", optional=True, parameter=True),
+        "residual": Tensor("... N", optional=True),
+    },
+    options={"eps": "float"},
+    together=(("norm_weight", "norm_bias"),),
+    output=Tensor("... N"),
+    backends=(
+        Backend(name="eager", run=eager.linear),
+        Backend(name="reference", run=reference.linear),
+    ),
+    reference=reference.linear,
+    cases=linear_cases(),
+    mutants=(
+        Mutant(
+            name="norm left out",
+            backend="eager",
+            find="if norm_weight is not None:",
+            replace="if norm_weight is None and norm_bias is not None:",
+        ),
+        Mutant(
+            name="eps left at PyTorch's",
+            backend="eager",
+            find="norm_weight, norm_bias, eps)",
+            replace="norm_weight, norm_bias)",
+        ),
+        Mutant(
+            name="normed tokens as residual",
+            backend="eager",
+            find="y if residual is None else y + residual",
+            replace="y if residual is None else y + u[..., :1]",
+        ),
+        Mutant(
+            name="bias left out",
+            backend="eager",
+            find="F.linear(u, weight, bias)",
+            replace="F.linear(u, weight)",
+        ),
+    ),
+    flops=linear_flops,
+    residual="residual",
+    backward_reads=("tokens", "weight", "norm_weight"),
+)
 
 FEED_FORWARD = Spec(
     name="feed_forward",
     kind="layer",
     math="y = tokens + fc2(dropout(GELU(fc1(LN(tokens))))), GELU with erf (section 3.4)",
-    legend={"...": "tokens", "D": "their width", "F": "hidden width"},
+    legend=TOKENS | {"F": "hidden width"},
     inputs={"tokens": Tensor("... D"), "weights": Fields(FeedForwardWeights, DIMS)},
-    options={"dropout": "probability", "eps": "float"},
+    options={"dropout": "probability", "seed": "seed?", "eps": "float"},
     output=Tensor("... D"),
     backends=(
         Backend(name="eager", run=eager.feed_forward),
@@ -24,75 +85,55 @@ FEED_FORWARD = Spec(
     ),
     reference=reference.feed_forward,
     cases=(
+        *feed_forward_cases(dropout=0.0, seed=None),
+        # Without a seed dropout draws at random, which tests/ops/test_feed_forward.py counts.
         Case(
-            name="odd",
+            name="dropout",
             tier="cpu",
-            sizes={"...": (2, 3, 5), "D": 12, "F": 40},
-            options=PLAIN,
-            dtypes=(BF16, FP32, FP64),
-        ),
-        # One past a tile of 128 tokens.
-        Case(name="ragged", tier="cpu", sizes={"...": (129,), "D": 36, "F": 72}, options=PLAIN),
-        Case(name="one-token", tier="cpu", sizes={"...": (), "D": 24, "F": 96}, options=PLAIN),
-        Case(
-            name="narrow-hidden", tier="cpu", sizes={"...": (4, 6), "D": 20, "F": 3}, options=PLAIN
-        ),
-        # Next to the variance of the inputs, 1e-6 is nothing.
-        Case(
-            name="large-eps",
-            tier="cpu",
-            sizes={"...": (3, 7), "D": 16, "F": 64},
-            options=PLAIN | {"eps": 0.1},
-        ),
-        Case(
-            name="patch-up",
-            tier="paper",
-            sizes={"...": (1, 32, 4608), "D": 1024, "F": 4096},
-            options=PLAIN,
-            dtypes=(BF16,),
-        ),
-        Case(
-            name="3.9b",
-            tier="paper",
-            sizes={"...": (16, 768), "D": 3072, "F": 12288},
-            options=PLAIN,
-            dtypes=(BF16,),
-        ),
-        Case(
-            name="500m-b64",
-            tier="paper",
-            sizes={"...": (64, 512), "D": 1024, "F": 4096},
-            options=PLAIN,
-            dtypes=(BF16,),
+            sizes={"...": (3, 7), "D": 20, "F": 37},
+            options={"dropout": 0.25, "seed": 2**40 + 5, "eps": 1e-6},
+            dtypes=SMALL,
         ),
     ),
     mutants=(
         Mutant(
             name="GELU by tanh",
             backend="eager",
-            find="gelu(linear(u, w.fc1_weight, w.fc1_bias))",
-            replace='gelu(linear(u, w.fc1_weight, w.fc1_bias), approximate="tanh")',
+            find="F.gelu(F.linear(u, w.fc1_weight, w.fc1_bias))",
+            replace='F.gelu(F.linear(u, w.fc1_weight, w.fc1_bias), approximate="tanh")',
         ),
         Mutant(
             name="eps left at PyTorch's",
             backend="eager",
-            find="w.norm_bias, eps)",
-            replace="w.norm_bias)",
+            find="w.norm_weight, w.norm_bias, eps)",
+            replace="w.norm_weight, w.norm_bias)",
         ),
         Mutant(
             name="normed tokens as residual",
             backend="eager",
-            find="return tokens +",
-            replace="return u +",
+            find="w.fc2_bias) + tokens",
+            replace="w.fc2_bias) + u",
         ),
         Mutant(
             name="second bias left out",
             backend="eager",
-            find="linear(h, w.fc2_weight, w.fc2_bias)",
-            replace="linear(h, w.fc2_weight)",
+            find="F.linear(h, w.fc2_weight, w.fc2_bias)",
+            replace="F.linear(h, w.fc2_weight)",
+        ),
+        Mutant(
+            name="another seed's dropout",
+            backend="eager",
+            find="kept(seed, tuple(h.shape)",
+            replace="kept(seed + 1, tuple(h.shape)",
+        ),
+        Mutant(
+            name="every token's dropout that of the first",
+            backend="eager",
+            find="kept(seed, tuple(h.shape)",
+            replace="kept(seed, (h.shape[-1],)",
         ),
     ),
-    flops=lambda sizes: 4 * sizes["..."] * sizes["D"] * sizes["F"],
+    flops=feed_forward_flops,
     residual="tokens",
     backward_reads=("tokens", "weights"),
 )
