@@ -17,9 +17,9 @@ from snapvideo_core.diffusion import Network
 # seeded bug of tests/bench/test_gate.py, one key of each group dropped, lands at 1.9e-2.
 LIMITS = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
-# Of a quantised model: the phase of a scale within its octave moves an error by a hundredth, and a
-# model on an H100 at random weights lands at 4.5e-2 (3.9b) at the most.
-QUANTISED_RATIO, QUANTISED_LIMIT = 1.02, 8e-2
+# Of a quantised model, times plain fp8's error: where a scale lies within its octave decides the
+# last hundredth. And at most: at random weights plain fp8 lands at 4.5e-2 (3.9b) to 7.3e-2 (mini).
+QUANTISED_RATIO, QUANTISED_LIMIT = 1.02, 0.1
 
 # Parameters of stem and head, which the model hands to a function: small, and no sublayers.
 ENDS = ("stem", "stem_norm", "head_norm", "head")
