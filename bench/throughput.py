@@ -2,21 +2,31 @@
 
 python bench/throughput.py                        # every preset that suits the machine
 python bench/throughput.py --preset 3.9b --batch 16 --mode infer --json figures.json
+python bench/throughput.py --recipe bf16 fp8 --backend ours eager compile    # beside its peers
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gate import gate
+from gate import (
+    LIMITS,
+    QUANTISED_LIMIT,
+    QUANTISED_RATIO,
+    Inputs,
+    expected_output,
+    judged,
+    plain_error,
+)
 from report import figure_table
 from workload import Batch, build_model, load_batch
 
+from snapkernels import RECIPES, Recipe, quantise
 from snapkernels.roofline import measure_ceilings, short_name
 from snapkernels.testing.load import Load
 from snapkernels.testing.record import RECORDS, new_record, newest, record_path, write
@@ -30,7 +40,8 @@ from snapvideo_core import (
     read_clip,
     training_loss,
 )
-from snapvideo_core.flops import TRAIN_FORWARDS, graph_tflop, least_tflop
+from snapvideo_core.diffusion import Network
+from snapvideo_core.flops import TRAIN_FORWARDS, floor_ms, graph_tflop
 
 CLIP = Path(__file__).resolve().parent / "clips" / "big_buck_bunny.mp4"
 GPU_BATCHES = {"500m": [16, 64], "3.9b": [16], "3.9b-up": [1]}
@@ -45,6 +56,7 @@ INCLUDES = {
     "infer": "one denoiser evaluation, no guidance",
     "train": "self-conditioning pass over the whole batch + forward + backward, no optimiser",
 }
+CAPTURED = ", by a replay of one CUDA graph, with copies of its inputs and outputs"
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     backend: str
+    recipe: Recipe
+    capture: bool
     modes: tuple[str, ...]
     clip: Path
     framerate: float
@@ -62,12 +76,18 @@ class Options:
     load: Load
 
     @property
-    def variant(self) -> str:
-        return f"{self.backend}-{short_name(self.dtype)}"
+    def quantised(self) -> bool:
+        return bool(self.recipe.layers)
 
     @property
-    def ceiling_tflop_s(self) -> float:
-        return self.ceilings[f"{short_name(self.dtype)}_tflop_s"]
+    def variant(self) -> str:
+        return f"{self.backend}-{self.recipe.name if self.quantised else short_name(self.dtype)}"
+
+    def floor_ms(self, config: FITConfig) -> float:
+        """Of one evaluation of one video; without fp8 units its products run at the dtype's."""
+        rate = self.ceilings[f"{short_name(self.dtype)}_tflop_s"]
+        quantised = self.ceilings.get("fp8_tflop_s", rate)
+        return floor_ms(config, self.recipe, tflop_s=rate, quantised_tflop_s=quantised)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
+    if args.capture and not on_gpu:
+        print("error: --capture makes a CUDA graph, and there is no NVIDIA GPU", file=sys.stderr)
+        return 2
     default_batches = GPU_BATCHES if on_gpu else CPU_BATCHES
     presets = args.preset or list(default_batches)
     try:
@@ -102,7 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(
         device=device,
         dtype=dtype,
-        backend=args.backend,
+        backend=args.backend[0],
+        recipe=RECIPES[args.recipe[0]],
+        capture=args.capture,
         modes=MODES if args.mode == "both" else (args.mode,),
         clip=args.clip,
         framerate=args.framerate,
@@ -113,11 +138,15 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [
         row
         for name in presets
+        for recipe in args.recipe
+        for backend in args.backend
         for row in bench_preset(
-            PRESETS[name], args.batch or default_batches.get(name, [1]), options
+            PRESETS[name],
+            args.batch or default_batches.get(name, [1]),
+            replace(options, recipe=RECIPES[recipe], backend=backend),
         )
     ]
-    flags = [f"--{k} {v}" for k, v in _reproducible(args).items()]
+    flags = [f"--{k}" if v is True else f"--{k} {v}" for k, v in _reproducible(args).items()]
     record = new_record(
         " ".join(["python bench/throughput.py", *flags]), device, load.fields(), ceilings, rows
     )
@@ -136,13 +165,18 @@ def bench_preset(
 ) -> Iterator[dict[str, Any]]:
     """Gate and time one preset; a row for every batch size and mode."""
     say(f"{config.name}: building {options.variant}")
-    cases = [(batch, mode) for batch in batches for mode in options.modes]
+    modes = options.modes
+    if options.quantised or options.capture:
+        say(f"{config.name}: {options.variant} is not trained: it has no gradients")
+        modes = ("infer",)
+    cases = [(batch, mode) for batch in batches for mode in modes]
     with reported_out_of_memory() as memory:
         require_cpu_memory(config, options)
-        backend = None if options.backend == "ours" else options.backend
+        calls = "eager" if options.backend == "compile" else options.backend
+        backend = None if calls == "ours" else calls
         model = build_model(config, options.device, options.dtype, backend)
         say(f"{config.name}: checking against the float64 reference")
-        verdict, error = gate_model(model, options)
+        verdict, error = prepare(model, options)
     if memory.exhausted:
         verdict, error = OUT_OF_MEMORY, {}
     for batch, mode in cases:
@@ -154,7 +188,7 @@ def bench_preset(
             "better": "lower",
             "gate": verdict,
             "error": error,
-            "includes": INCLUDES[mode],
+            "includes": INCLUDES[mode] + CAPTURED * options.capture,
             "tflop": significant(graph_tflop(config) * FORWARDS[mode]),
         }
         if verdict == "ok":
@@ -168,25 +202,50 @@ def bench_preset(
         yield row
 
 
-def gate_model(model: FIT, options: Options) -> tuple[str, dict[str, float]]:
-    """The gate on one video of the bench's own input, with latents of an earlier evaluation."""
+def prepare(model: FIT, options: Options) -> tuple[str, dict[str, float]]:
+    """Make of `model` what is to be timed, and hold it against the float64 equations.
+
+    Those are of the weights as they were built, on one video of the bench's own input, with latents
+    of an earlier evaluation. A quantised model may be off by what plain fp8 is.
+    """
     model.eval()
     data = load_batch(options.clip, model.config, 1, options.framerate, options.device)
     diffusion = SnapDiffusion(sigma_in=model.config.sigma_in)
     x = diffusion.network_input(data.x_sigma, data.sigma)
     with torch.no_grad():
         _, previous = model(x, data.sigma, data.cond)
-    verdict, error = gate(model, x, data.sigma, data.cond, previous)
-    if options.backend == "eager":
-        error["rms_eager"] = error["rms_vs_fp64"]
-    return verdict, error
+    inputs = Inputs(x, data.sigma, data.cond, previous)
+    expected = expected_output(model, inputs)
+    limit, eager = LIMITS[options.dtype], None
+    if options.quantised:
+        quantise(model, options.recipe)
+        eager = plain_error(model, inputs, expected)
+        limit = min(QUANTISED_RATIO * eager, QUANTISED_LIMIT)
+    if options.backend == "compile":
+        model.compile(dynamic=False)  # else a second batch is compiled for any batch
+    verdict, error = judged(timed_network(model, data, options), inputs, expected, limit)
+    if options.backend == "eager" and eager is None:
+        eager = error["rms_vs_fp64"]
+    return verdict, error | ({"rms_eager": eager} if eager is not None else {})
+
+
+def timed_network(model: FIT, data: Batch, options: Options) -> Network:
+    """The model, or its captured form for such a batch."""
+    return model.capture(data.x_sigma, data.sigma, data.cond) if options.capture else model
 
 
 def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, Any]:
     """The measured fields of one row, or its red gate."""
     config = model.config
     data = load_batch(options.clip, config, batch, options.framerate, options.device)
-    call = {"infer": _inference, "train": _training_step}[mode](model, data)
+    if options.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if options.backend == "compile":
+        torch.compiler.reset()  # eight forms of a call are compiled, and a ninth is not
+    if mode == "infer":
+        call = _inference(timed_network(model.eval(), data, options), config, data)
+    else:
+        call = _training_step(model, data)
     case = f"model/{config.name}/{mode} batch {batch}"
     say(f"{case}: warming up")
     call()
@@ -195,8 +254,6 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
         for parameter in model.parameters()
     ):
         return {"gate": "a gradient is missing or not finite"}
-    if options.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     with options.load.watched():
         timing = measure(
             call,
@@ -205,7 +262,7 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
             warmup=1,
             progress=lambda done: say(f"{case}: repetition {done} of {options.repeats}"),
         )
-    floor = FORWARDS[mode] * least_tflop(config) / options.ceiling_tflop_s * 1e3
+    floor = FORWARDS[mode] * options.floor_ms(config)
     value, p20, p80 = (significant(ms / batch) for ms in timing)
     measured = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
     measured["pct_of_floor"] = round(100 * floor / value, 1)
@@ -214,16 +271,15 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
     return measured
 
 
-def _inference(model: FIT, data: Batch) -> Callable[[], object]:
+def _inference(network: Network, config: FITConfig, data: Batch) -> Callable[[], object]:
     """One denoiser evaluation: c_in and c_skip scaling, network, self-conditioned."""
-    model.eval()
-    diffusion = SnapDiffusion(sigma_in=model.config.sigma_in)
+    diffusion = SnapDiffusion(sigma_in=config.sigma_in)
     with torch.no_grad():
-        _, previous = diffusion.denoise(model, data.x_sigma, data.sigma, data.cond)
+        _, previous = diffusion.denoise(network, data.x_sigma, data.sigma, data.cond)
 
     @torch.no_grad()
     def evaluate() -> None:
-        diffusion.denoise(model, data.x_sigma, data.sigma, data.cond, previous)
+        diffusion.denoise(network, data.x_sigma, data.sigma, data.cond, previous)
 
     return evaluate
 
@@ -334,9 +390,21 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
     parser.add_argument(
         "--backend",
-        choices=["ours", "eager", "reference"],
-        default="ours",
-        help="of the ops: the fastest of each (ours), PyTorch's calls, or the equations",
+        nargs="+",
+        choices=["ours", "eager", "compile", "reference"],
+        default=["ours"],
+        help="of the ops: the fastest of each (ours), PyTorch's calls as they are or under "
+        "torch.compile, or the equations; several allowed",
+    )
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        choices=list(RECIPES),
+        default=["bf16"],
+        help="bf16, all in --dtype, or fp8, for inference; several allowed",
+    )
+    parser.add_argument(
+        "--capture", action="store_true", help="infer by one CUDA graph of the whole model"
     )
     parser.add_argument("--mode", choices=[*MODES, "both"], default="both", help="what to time")
     parser.add_argument("--clip", type=Path, default=CLIP, help="a video or image file")
@@ -345,7 +413,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=positive_int, help="default: 20 on a GPU, else 3")
     parser.add_argument("--json", type=record_path, metavar="FILE", help="write the record here")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.mode == "train" and (args.capture or all(RECIPES[r].layers for r in args.recipe)):
+        parser.error("--mode train needs --recipe bf16 and no --capture: those have no gradients")
+    return args
 
 
 def positive_int(text: str) -> int:
@@ -365,13 +436,15 @@ def _positive_float(text: str) -> float:
     return value
 
 
-def _reproducible(args: argparse.Namespace) -> dict[str, str]:
+def _reproducible(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that differ from none given, without paths of this machine."""
     flags = {
         "preset": " ".join(args.preset or []),
         "batch": " ".join(map(str, args.batch or [])),
         "dtype": args.dtype,
-        "backend": args.backend if args.backend != "ours" else None,
+        "backend": " ".join(args.backend) if args.backend != ["ours"] else None,
+        "recipe": " ".join(args.recipe) if args.recipe != ["bf16"] else None,
+        "capture": args.capture,
         "mode": args.mode if args.mode != "both" else None,
         "clip": args.clip.name if args.clip != CLIP else None,
         "framerate": args.framerate if args.framerate != 24 else None,

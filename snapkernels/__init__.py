@@ -1,6 +1,7 @@
 """SnapKernels: the ops of Snap Video's FIT transformers, as drop-ins for any PyTorch model."""
 
 from snapkernels.modules import FeedForward, GroupRead, GroupWrite, LatentAttention
+from snapkernels.modules_fp8 import Fp8FeedForward, Fp8LatentAttention
 from snapkernels.ops.feed_forward.op import feed_forward, feed_forward_fp8, linear, linear_fp8
 from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
 from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForwardWeights
@@ -14,16 +15,21 @@ from snapkernels.ops.noise.op import forward_process
 from snapkernels.ops.patch.op import patchify, unpatchify
 from snapkernels.ops.stem.op import stem
 from snapkernels.ops.stem.weights import StemWeights
+from snapkernels.recipes import RECIPES, Recipe, quantise
 
 __all__ = [
+    "RECIPES",
     "CrossAttentionWeights",
     "FeedForward",
     "FeedForwardWeights",
+    "Fp8FeedForward",
     "Fp8FeedForwardWeights",
+    "Fp8LatentAttention",
     "GroupRead",
     "GroupWrite",
     "HeadWeights",
     "LatentAttention",
+    "Recipe",
     "SelfAttentionWeights",
     "StemWeights",
     "feed_forward",
@@ -38,6 +44,7 @@ __all__ = [
     "linear",
     "linear_fp8",
     "patchify",
+    "quantise",
     "quantise_feed_forward",
     "quantise_rows",
     "stem",

@@ -39,7 +39,8 @@ def define(
     A small call costs its host time, so PyTorch's dispatcher is entered only where it has a part:
     for the gradient of a kernel, or while a mode, a transform, a trace or the profiler looks on.
     That saves two thirds of what a call costs beyond its backend. `custom_op` would wrap each call
-    once more.
+    once more. A call that names the backend "eager" is traced as the PyTorch calls it is, for a
+    compiler to fuse.
 
     Args:
         setup_context, backward: as `torch.library.register_autograd` takes them, of an op whose
@@ -88,6 +89,9 @@ def define(
 
     def enter(*values: Any) -> torch.Tensor:
         call, backend = values[:-1], values[-1]
+        if backend == "eager" and torch.compiler.is_compiling():
+            check(call, backend)
+            return _output(implementation(spec.backend(backend))(*call))
         if torch.compiler.is_compiling() or not _is_plain(spec, call):
             check(call, backend)
             flat = spec.flatten(call)

@@ -1,5 +1,7 @@
 """Snap Video's models and diffusion, thin, on the public functions of snapkernels."""
 
+from snapvideo_core.capture import CapturedFIT
+from snapvideo_core.checkpoint import CheckpointError, load_model, save_model
 from snapvideo_core.config import PRESETS, FITConfig
 from snapvideo_core.diffusion import Diffusion, EDMDiffusion, SnapDiffusion
 from snapvideo_core.fit import FIT, Conditioning
@@ -10,6 +12,8 @@ from snapvideo_core.video import Clip, VideoError, read_clip
 __all__ = [
     "FIT",
     "PRESETS",
+    "CapturedFIT",
+    "CheckpointError",
     "Clip",
     "Conditioning",
     "Diffusion",
@@ -19,9 +23,11 @@ __all__ = [
     "SnapDiffusion",
     "VideoError",
     "integrate",
+    "load_model",
     "read_clip",
     "sample",
     "sample_sigma",
+    "save_model",
     "sigma_schedule",
     "training_loss",
 ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from snapkernels import video_mix
+from snapvideo_core.capture import CapturedFIT
 from snapvideo_core.fit import FIT, Conditioning, Loss, Mix, at_least_fp32
 
 Network = Callable[
@@ -109,13 +110,13 @@ class Diffusion(ABC):
         """One denoiser evaluation (eq. 2): D(x_sigma), float32 or wider, and the final latents.
 
         Args:
-            network: a `FIT`, or any callable (x, sigma, cond, previous) -> (F, latents) of what
-                `network_input` makes; a FIT scales and ends in D itself.
+            network: a `FIT`, captured or not, or any callable (x, sigma, cond, previous) ->
+                (F, latents) of what `network_input` makes; a FIT scales and ends in D itself.
             x_sigma: (B, 3, T, H, W) noisy videos.
             sigma_B: (B,) their noise levels.
             cond, previous: as in `FIT.forward`.
         """
-        if isinstance(network, FIT):
+        if isinstance(network, FIT | CapturedFIT):
             level = checked(sigma_B, x_sigma)
             mix = torch.stack([self.c_out(level), self.c_skip(level), 0 * level], dim=1)
             end = Mix(mix=mix, video=x_sigma)

@@ -14,18 +14,20 @@ L latent tokens, S conditioning tokens, D the width of whichever token it is.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from snapkernels import (
+    RECIPES,
     FeedForward,
     GroupRead,
     GroupWrite,
     HeadWeights,
     LatentAttention,
+    Recipe,
     StemWeights,
     head,
     head_loss,
@@ -33,6 +35,9 @@ from snapkernels import (
     stem,
 )
 from snapvideo_core.config import FITConfig
+
+if TYPE_CHECKING:
+    from snapvideo_core.capture import CapturedFIT
 
 EPS = 1e-6  # of every LayerNorm, as in RIN and FIT
 
@@ -227,6 +232,7 @@ class FIT(nn.Module):
         self.head_norm = nn.LayerNorm(config.patch_dim, eps=EPS)
         self.head = nn.Linear(config.patch_dim, 3 * patch_features)
         self.backend = backend
+        self.recipe: Recipe = RECIPES["bf16"]  # until `snapkernels.quantise` changes it
         self.reset_parameters()
 
     @torch.no_grad()
@@ -297,6 +303,26 @@ class FIT(nn.Module):
         for block in self.blocks:
             z, x = block(z, x, c, c_mask)
         return self._ended(x, end), z
+
+    def capture(
+        self, x_BCTHW: torch.Tensor, sigma_B: torch.Tensor, cond: Conditioning
+    ) -> "CapturedFIT":
+        """The network at this batch size as one CUDA graph, to be called in its place.
+
+        Kernels are compiled and chosen now, in a few evaluations of these inputs; calls then copy
+        theirs into the graph's memory and replay it.
+
+        Args:
+            x_BCTHW, sigma_B, cond: as in `forward`; calls are held to their shapes and dtypes.
+
+        Raises:
+            ValueError: the model is in training mode or not on a CUDA device, or an input that
+                `forward` would refuse.
+        """
+        from snapvideo_core.capture import CapturedFIT  # it imports this file
+
+        self._check(x_BCTHW, sigma_B, cond, None)
+        return CapturedFIT(self, x_BCTHW, sigma_B, cond)
 
     def _ended(self, x_BGND: torch.Tensor, end: Mix | Loss | None) -> torch.Tensor:
         config = self.config

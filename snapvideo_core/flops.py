@@ -3,10 +3,16 @@
 Multiply-adds count as two operations; matrix products and attention only, as in the paper's graph.
 """
 
+from snapkernels import Recipe
 from snapvideo_core.config import FITConfig
 
 # Training is the self-conditioning pass, the forward pass, and a backward pass of two forwards.
 TRAIN_FORWARDS = 4
+# The parts that layers of a class are, all of them; its recipe says which classes are quantised.
+PARTS = {
+    "FeedForward": ("cond read FF", "read FF", "global: FF", "write FF", "self-conditioning"),
+    "LatentAttention": ("global: qkvo",),
+}
 SCALAR_TOKENS = 4  # sigma, framerate, height, width; an upsampler has the augmentation level too
 
 
@@ -76,3 +82,24 @@ def graph_tflop(config: FITConfig) -> float:
 def least_tflop(config: FITConfig) -> float:
     """TFLOP of one evaluation of one video by the cheaper of the two exact algorithms."""
     return min(sum(forward_flops(config, absorbed=a).values()) for a in (False, True)) / 1e12
+
+
+def quantised_tflop(config: FITConfig, recipe: Recipe) -> float:
+    """TFLOP of one evaluation of one video in the layers that `recipe` quantises, keeping none."""
+    parts = forward_flops(config)
+    return sum(parts[part] for layer in recipe.layers for part in PARTS[layer]) / 1e12
+
+
+def floor_ms(
+    config: FITConfig, recipe: Recipe, *, tflop_s: float, quantised_tflop_s: float
+) -> float:
+    """The least time of one evaluation of one video: each product at the rate of its format.
+
+    Args:
+        config, recipe: the model.
+        tflop_s: rate of products in the weights' dtype.
+        quantised_tflop_s: rate of those of the recipe's layers.
+    """
+    quantised = quantised_tflop(config, recipe)
+    rest = least_tflop(config) - quantised
+    return 1e3 * (quantised / quantised_tflop_s + rest / tflop_s)

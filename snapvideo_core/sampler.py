@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from snapvideo_core.capture import CapturedFIT
 from snapvideo_core.diffusion import Diffusion, Network
 from snapvideo_core.fit import FIT, Conditioning, Mix
 
@@ -55,7 +56,8 @@ def sample(
     No gradients are recorded; put a `FIT` in evaluation mode first.
 
     Args:
-        network: a `FIT`, or any callable of its signature.
+        network: a `FIT`, captured at this batch size (`FIT.capture`) or not, or any callable of its
+            signature.
         diffusion: what the network was trained with.
         cond: what the B videos are conditioned on.
         noise: (B, 3, T, H, W) standard normal; float64 keeps the state in float64, else it is
@@ -72,7 +74,7 @@ def sample(
     if getattr(network, "training", False):
         raise ValueError("the network is in training mode, so dropout acts: call eval() on it")
     with torch.no_grad():
-        if isinstance(network, FIT) and noise.dtype != torch.float64:
+        if isinstance(network, FIT | CapturedFIT) and noise.dtype != torch.float64:
             return _sample_in_the_head(network, diffusion, cond, noise, sigmas, second_order)
         return integrate(
             SelfConditionedDenoiser(network, diffusion, cond),
@@ -84,7 +86,7 @@ def sample(
 
 
 def _sample_in_the_head(
-    network: FIT,
+    network: FIT | CapturedFIT,
     diffusion: Diffusion,
     cond: Conditioning,
     noise: torch.Tensor,

@@ -156,6 +156,24 @@ def test_a_traced_call_keeps_what_the_spec_says_or_what_is_named_needs(ran, func
     assert ran == (kept if backend else ["run", *kept]) + kept
 
 
+@pytest.mark.parametrize(("backend", "fused"), [("eager", True), (None, False)])
+def test_a_compiler_sees_through_eager_if_it_is_named(backend, fused):
+    spec = cube_spec("cube_seen_through", Backend(name="eager", run=lambda x: x * x * x))
+    cube = define(replace(spec, name=f"cube_seen_through_{fused}"))
+    seen = []
+
+    def keep(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    x = torch.tensor([1.0, 2.0])
+    compiled = torch.compile(lambda x: cube(x, backend), fullgraph=True, backend=keep)
+    assert compiled(x).tolist() == [1, 8]
+    assert any("snapkernels" in target for target in seen) is not fused
+    with pytest.raises(Exception, match="x must have 1 dimensions"):
+        compiled(x[None])
+
+
 def test_explain_says_what_trains(functions, forward_only):
     kernel = Backend(name="kernel", **functions)
     spec = cube_spec("cube_explained", forward_only, kernel)
