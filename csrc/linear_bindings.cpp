@@ -16,11 +16,21 @@ struct LinearCall {
   double eps;
   int64_t rows = tokens.size(0), width = tokens.size(1);
   cudaStream_t stream = current_stream(tokens);
+  float4* parts;  // see ProductArguments; the flags become 0 with the rows
+  int* flags;
+  int64_t num_flags;
 
-  LinearCall(const char* op, const Tensor& tokens, double eps)
-      : op(op), tokens(tokens), eps(eps) {
+  LinearCall(const char* op, const Tensor& tokens, const Tensor& parts, const Tensor& flags,
+             double eps)
+      : op(op), tokens(tokens), eps(eps), num_flags(flags.numel()) {
     STD_TORCH_CHECK(tokens.dim() == 2 && rows <= INT32_MAX - 256, op, ": ", rows, " tokens");
     bf16("tokens", tokens, rows * width);
+    int blocks;
+    check_launch(op, snapkernels::product_blocks(&blocks));
+    STD_TORCH_CHECK(num_flags == snapkernels::kProductFlags * blocks, op, ": flags");
+    this->parts = reinterpret_cast<float4*>(
+        fp32("parts", parts, int64_t{4} * snapkernels::kProductPart * blocks));
+    this->flags = data_of<int>(op, "flags", flags, ScalarType::Int, num_flags, tokens);
   }
 
   void* bf16(const char* name, const Tensor& tensor, int64_t numel) const {
@@ -45,6 +55,8 @@ struct LinearCall {
       given.norm_weight = bf16("norm_weight", *norm_weight, width);
       given.norm_bias = bf16("norm_bias", *norm_bias, width);
     }
+    given.flags = flags;
+    given.num_flags = static_cast<int>(num_flags);
     given.rows = rows;
     given.width = static_cast<int>(width);
     given.eps = static_cast<float>(eps);
@@ -61,6 +73,8 @@ struct LinearCall {
                     op, ": ", columns, " columns, depth ", depth);
     snapkernels::ProductArguments given{};
     given.bias = bf16(name, bias, columns);
+    given.parts = parts;
+    given.flags = flags;
     given.rows = static_cast<int>(rows);
     given.columns = static_cast<int>(columns);
     given.depth = static_cast<int>(depth);
@@ -71,9 +85,9 @@ struct LinearCall {
 void linear_fp8(Tensor tokens, Tensor weight, Tensor weight_scale, Tensor bias,
                 std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
                 std::optional<Tensor> residual, Tensor quantised, Tensor scale, Tensor out,
-                double eps) {
+                Tensor parts, Tensor flags, double eps) {
   if (out.numel() == 0) return;
-  const LinearCall call("linear_fp8", tokens, eps);
+  const LinearCall call("linear_fp8", tokens, parts, flags, eps);
   auto rows = call.rows_of(norm_weight, norm_bias);
   rows.out = call.fp8("quantised", quantised, tokens.numel());
   rows.scale = call.fp32("scale", scale, call.rows);
@@ -92,9 +106,10 @@ void linear_fp8(Tensor tokens, Tensor weight, Tensor weight_scale, Tensor bias,
 
 void linear(Tensor tokens, Tensor weight, Tensor bias, std::optional<Tensor> norm_weight,
             std::optional<Tensor> norm_bias, std::optional<Tensor> residual,
-            std::optional<Tensor> normed, Tensor out, double eps) {
+            std::optional<Tensor> normed, Tensor out, Tensor parts, Tensor flags,
+            double eps) {
   if (out.numel() == 0) return;
-  const LinearCall call("linear", tokens, eps);
+  const LinearCall call("linear", tokens, parts, flags, eps);
   STD_TORCH_CHECK(!normed == !norm_weight, call.op, ": normed");
   auto product = call.product("bias", bias, call.width, 2);
   product.a = tokens.data_ptr();
@@ -107,6 +122,8 @@ void linear(Tensor tokens, Tensor weight, Tensor bias, std::optional<Tensor> nor
     auto rows = call.rows_of(norm_weight, norm_bias);
     product.a = rows.out = call.bf16("normed", *normed, tokens.numel());
     check_launch(call.op, snapkernels::normalise_rows(rows, call.stream));
+  } else {
+    product.parts = nullptr;  // nobody has made the flags 0
   }
   check_launch(call.op, snapkernels::product_bf16(product, call.stream));
 }
@@ -114,9 +131,10 @@ void linear(Tensor tokens, Tensor weight, Tensor bias, std::optional<Tensor> nor
 void feed_forward_fp8(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
                       Tensor fc1_scale, Tensor fc1_bias, Tensor hidden_bound, Tensor fc2_weight,
                       Tensor fc2_scale, Tensor fc2_bias, Tensor quantised, Tensor scales,
-                      Tensor hidden, Tensor out, double eps) {
+                      Tensor hidden, Tensor out, Tensor parts, Tensor flags,
+                      double eps) {
   if (out.numel() == 0) return;
-  const LinearCall call("feed_forward_fp8", tokens, eps);
+  const LinearCall call("feed_forward_fp8", tokens, parts, flags, eps);
   auto rows = call.rows_of(norm_weight, norm_bias);
   rows.hidden_bound = call.fp32("hidden_bound", hidden_bound, 2);
   rows.out = call.fp8("quantised", quantised, tokens.numel());
@@ -145,9 +163,10 @@ void feed_forward_fp8(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tenso
 
 void feed_forward(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
                   Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor normed,
-                  Tensor hidden, Tensor out, double eps) {
+                  Tensor hidden, Tensor out, Tensor parts, Tensor flags,
+                      double eps) {
   if (out.numel() == 0) return;
-  const LinearCall call("feed_forward", tokens, eps);
+  const LinearCall call("feed_forward", tokens, parts, flags, eps);
   auto rows = call.rows_of(norm_weight, norm_bias);
   rows.out = call.bf16("normed", normed, tokens.numel());
   auto first = call.product("fc1_bias", fc1_bias, call.width, 2);
@@ -172,19 +191,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(snapkernels_cuda, m) {
   m.def(
       "linear_fp8(Tensor tokens, Tensor weight, Tensor weight_scale, Tensor bias,"
       " Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor(a!) quantised,"
-      " Tensor(b!) scale, Tensor(c!) out, float eps) -> ()");
+      " Tensor(b!) scale, Tensor(c!) out, Tensor(d!) parts, Tensor(e!) flags, float eps) -> ()");
   m.def(
       "linear(Tensor tokens, Tensor weight, Tensor bias, Tensor? norm_weight, Tensor? norm_bias,"
-      " Tensor? residual, Tensor(a!)? normed, Tensor(b!) out, float eps) -> ()");
+      " Tensor? residual, Tensor(a!)? normed, Tensor(b!) out, Tensor(c!) parts, Tensor(d!) flags,"
+      " float eps) -> ()");
   m.def(
       "feed_forward_fp8(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,"
       " Tensor fc1_scale, Tensor fc1_bias, Tensor hidden_bound, Tensor fc2_weight,"
       " Tensor fc2_scale, Tensor fc2_bias, Tensor(a!) quantised, Tensor(b!) scales,"
-      " Tensor(c!) hidden, Tensor(d!) out, float eps) -> ()");
+      " Tensor(c!) hidden, Tensor(d!) out, Tensor(e!) parts, Tensor(f!) flags, float eps) -> ()");
   m.def(
       "feed_forward(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,"
       " Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor(a!) normed,"
-      " Tensor(b!) hidden, Tensor(c!) out, float eps) -> ()");
+      " Tensor(b!) hidden, Tensor(c!) out, Tensor(d!) parts, Tensor(e!) flags, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(snapkernels_cuda, CUDA, m) {

@@ -16,6 +16,8 @@ struct RowsArguments {
   void* out;                   // (rows, width), e4m3 or bfloat16
   float* scale;                // (rows), of e4m3
   float* hidden_scale;         // (rows), or null: that of the GELU of a product with these rows
+  int* flags;                  // those of the products that follow, which begin at 0; or null
+  int num_flags;
   int64_t rows;
   int width;
   float eps;
@@ -37,8 +39,17 @@ struct ProductArguments {
   const void* residual;       // (rows, columns), bfloat16, or null
   const float* hidden_scale;  // (rows), of what GELU is quantised by
   void* out;                  // (rows, columns): bfloat16, or e4m3 after GELU of e4m3
+  float4* parts;              // (blocks, kProductPart): where tiles may be split by their depth,
+  int* flags;                 // (blocks, 2), zeros before and after; or null
   int rows, columns, depth;
+  int share;  // of a cluster, in units of a tile, where tiles are split
 };
+
+constexpr int kProductPart = 256 * 128 / 4;  // sums of a block, in fours
+constexpr int kProductFlags = 2;             // of a block
+
+// Blocks of a product at most: what parts and flags are for.
+cudaError_t product_blocks(int* blocks);
 
 constexpr int kProductColumns = 256;  // columns are multiples of it
 constexpr int kProductDepth = 256;    // and so is what is summed over, in bytes

@@ -24,16 +24,38 @@ cudaError_t make_maps(CUtensorMap* a, CUtensorMap* weight, const ProductArgument
                                 of.depth, kProductSlice, kProductTogether<Operand, kGelu>);
 }
 
+static_assert(kProductFlags == kProductConsumers && kProductPart % kProductConsumers == 0);
+// What it takes to hand sums over, about, and the least that is worth it, in units of a tile. With
+// more rounds of whole tiles there is less to win, and clusters that are not in step read a matrix
+// from memory that L2 does not hold.
+constexpr int kHandOver = 6;
+constexpr int kLeastShare = 4;
+constexpr int kMostRounds = 4;
+
+// Units of a cluster's share, if tiles are to be split; or 0: that of whole ones takes no longer.
+int share_of(const ProductWork& work, int clusters) {
+  const int64_t units = static_cast<int64_t>(work.items()) * work.units;
+  const int64_t rounds = (work.items() + clusters - 1) / clusters;
+  const int64_t share = std::max<int64_t>((units + clusters - 1) / clusters, kLeastShare);
+  const bool pays = rounds <= kMostRounds && rounds * work.units > share + kHandOver;
+  return pays ? static_cast<int>(share) : 0;
+}
+
 template <typename Operand, bool kGelu, int kPromoted>
-cudaError_t launch_product(const ProductArguments& of, cudaStream_t stream) {
+cudaError_t launch_product(ProductArguments of, cudaStream_t stream) {
   CUtensorMap a, weight;
   cudaError_t error =
       make_maps<Operand, kGelu>(&a, &weight, of, kProductRows / kProductBlocks);
   if (error != cudaSuccess) return error;
+  const ProductWork work(of, Operand::kBytes);
   int blocks;
-  error = blocks_of_clusters(&blocks, ProductWork(of).items(), kProductBlocks);
+  error = product_blocks(&blocks);
   if (error != cudaSuccess) return error;
-  return launch_clusters(product_kernel<Operand, kGelu, kPromoted>, blocks, kProductBlocks,
+  int clusters = blocks / kProductBlocks;
+  of.share = of.parts ? share_of(work, clusters) : 0;
+  clusters = of.share ? (work.items() * work.units + of.share - 1) / of.share
+                      : std::min(clusters, work.items());
+  return launch_clusters(product_kernel<Operand, kGelu, kPromoted>, clusters * kProductBlocks, kProductBlocks,
                          kProductThreads, kProductShared, stream, a, weight, of);
 }
 
@@ -51,7 +73,7 @@ template <bool kGelu>
 cudaError_t launch_fp8(const ProductArguments& of, cudaStream_t stream) {
   if (of.depth > kExactDepth) return launch_product<Fp8, kGelu, kPromote>(of, stream);
   int blocks;
-  const cudaError_t error = blocks_of_clusters(&blocks, INT_MAX / kProductBlocks, kProductBlocks);
+  const cudaError_t error = product_blocks(&blocks);
   if (error != cudaSuccess) return error;
   const int resident = resident_blocks(of, blocks);
   if (resident * 10 >= blocks * 9) return launch_resident<kGelu>(of, resident, stream);
@@ -59,6 +81,10 @@ cudaError_t launch_fp8(const ProductArguments& of, cudaStream_t stream) {
 }
 
 }  // namespace
+
+cudaError_t product_blocks(int* blocks) {
+  return blocks_of_clusters(blocks, INT_MAX / kProductBlocks, kProductBlocks);
+}
 
 cudaError_t product_fp8(const ProductArguments& given, cudaStream_t stream) {
   return launch_fp8<false>(given, stream);

@@ -32,7 +32,8 @@ constexpr int kProductStageBytes = kProductRowsBytes + kProductSliceBytes;
 constexpr int kProductLines = kProductStages * kProductStageBytes;
 constexpr int kProductLinesBytes = 2 * 4 * kProductSlice;
 constexpr int kProductBarriers = kProductLines + kProductConsumers * kProductLinesBytes;
-constexpr int kProductShared = kProductBarriers + 16 * kProductStages;
+constexpr int kProductMail = kProductBarriers + 16 * kProductStages;
+constexpr int kProductShared = kProductMail + (16 + 8) * 8;  // records and their barriers
 
 // Of the 168 registers a thread that a block of 384 starts with.
 constexpr int kProductCopier = 40;
@@ -41,12 +42,22 @@ constexpr int kProductRegisters = 232;
 // Tiles of kProductRows by kProductColumns, one for a cluster. Up to kProductGroup of them, one
 // below the other, have the same columns, and so on to the right: what is read at a time is small.
 constexpr int kProductGroup = 8;
+constexpr int kProductUnit = 2;  // stages: of these a tile is as many units as its depth has
+
+// A number that the compiler does not know from before: what follows from it is computed again, and
+// takes no registers until then.
+__device__ inline int again(int number) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(number));
+  return number;
+}
 
 struct ProductWork {
-  int down, across;
+  int down, across, units;  // units: of a tile
 
-  __host__ __device__ explicit ProductWork(const ProductArguments& of)
-      : down((of.rows + kProductRows - 1) / kProductRows), across(of.columns / kProductColumns) {}
+  __host__ __device__ explicit ProductWork(const ProductArguments& of, int item_bytes)
+      : down((of.rows + kProductRows - 1) / kProductRows),
+        across(of.columns / kProductColumns),
+        units(of.depth * item_bytes / (kMatrixRow * kProductUnit)) {}
   __host__ __device__ int items() const { return down * across; }
   // (row, column) of a tile.
   __device__ int2 tile(int item) const {
@@ -57,26 +68,88 @@ struct ProductWork {
   }
 };
 
+// What a cluster computes, a tile or a part of one at a time. Either every so many-th tile; or, if
+// tiles may be split, `share` units that follow each other. Who has a tile's beginning
+// ends it: the last piece of a share, and it needs the first pieces of others, done long before.
+// They are of clusters that started before it, so it never waits for one that cannot start.
+struct ProductPieces {
+  ProductWork work;
+  bool split;
+  int unit, last;
+
+  __device__ ProductPieces(const ProductArguments& of, int item_bytes)
+      : work(of, item_bytes), split(of.share > 0), last(work.items() * work.units) {
+    unit = split ? share() * of.share : blockIdx.x / kProductBlocks * work.units;
+    if (split) last = min(last, unit + of.share);
+  }
+  __device__ static int shares() { return gridDim.x / kProductBlocks; }
+  __device__ static int share() { return shares() - 1 - blockIdx.x / kProductBlocks; }
+  __device__ bool some() const { return unit < last; }
+  __device__ int item() const { return unit / work.units; }
+  __device__ int end() const { return (item() + 1) * work.units; }
+  __device__ int from() const { return unit % work.units; }
+  __device__ int count() const { return min(work.units - from(), last - unit); }
+  __device__ void next() { unit += count() + (split ? 0 : (shares() - 1) * work.units); }
+};
+
+// A piece as its consumers read it: they have no registers to find it themselves. Its copier is
+// ahead of them by the ring's stages at most, which are two pieces.
+struct ProductRecord {
+  int row, column;  // of the block
+  int steps;        // stages; none: there is no more
+  int end;          // unit before which the tile ends; 0: who has its beginning ends it
+};
+
+constexpr int kProductRecords = 8;
+
+struct ProductRecords {
+  uint32_t places, barriers;
+
+  __device__ uint32_t barrier(int piece) const { return barriers + 8 * (piece % kProductRecords); }
+  __device__ uint32_t place(int piece) const { return places + 16 * (piece % kProductRecords); }
+  __device__ void write(int piece, const ProductRecord& of) const {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place(piece)), "r"(of.row),
+                 "r"(of.column), "r"(of.steps), "r"(of.end)
+                 : "memory");
+    phase_arrive(barrier(piece));
+  }
+  __device__ void wait(int piece) const {
+    phase_wait(barrier(piece), piece / kProductRecords % 2);
+  }
+  __device__ ProductRecord read(int piece) const {
+    ProductRecord of;
+    asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(of.row), "=r"(of.column), "=r"(of.steps), "=r"(of.end)
+                 : "r"(place(piece))
+                 : "memory");
+    return of;
+  }
+};
+
 template <int kTogether, typename Operand>
 __device__ inline void copy_product(const ProductArguments& of, const CUtensorMap* a,
                                     const CUtensorMap* weight,
-                                    Ring<kProductStages, kProductStageBytes> ring, int rank) {
-  const ProductWork work(of);
+                                    Ring<kProductStages, kProductStageBytes> ring,
+                                    const ProductRecords& records, int rank) {
   constexpr int kStep = kMatrixRow / Operand::kBytes;
   constexpr int kShare = kProductRows / kProductBlocks;
-  for (int item = blockIdx.x / kProductBlocks; item < work.items();
-       item += gridDim.x / kProductBlocks) {
-    const int2 tile = work.tile(item);
-    for (int depth = 0; depth < of.depth; depth += kStep) {
+  int piece = 0;
+  for (ProductPieces pieces(of, Operand::kBytes); pieces.some(); pieces.next()) {
+    const int2 tile = pieces.work.tile(pieces.item());
+    const int column = tile.y + rank * kProductSlice;
+    const int first = pieces.from() * kProductUnit, steps = pieces.count() * kProductUnit;
+    records.write(piece++, {tile.x, column, steps, first > 0 ? 0 : pieces.end()});
+    for (int step = first; step < first + steps; ++step) {
       ring.wait_free();
       phase_expect(ring.full(), kProductStageBytes);
-      copy_box_to((1 << kProductBlocks) - 1, ring.place() + rank * kShare * kMatrixRow, a, depth,
-                  tile.x + rank * kShare, 0, ring.full());
-      copy_box_in_order(ring.place() + kProductRowsBytes, weight, depth,
-                        (tile.y + rank * kProductSlice) / (4 * kTogether), ring.full());
+      copy_box_to((1 << kProductBlocks) - 1, ring.place() + rank * kShare * kMatrixRow, a,
+                  step * kStep, tile.x + rank * kShare, 0, ring.full());
+      copy_box_in_order(ring.place() + kProductRowsBytes, weight, step * kStep,
+                        column / (4 * kTogether), ring.full());
       ring.next();
     }
   }
+  records.write(piece, {});
 }
 
 // Columns that follow each other in a lane: 16 bytes of the result.
@@ -100,32 +173,32 @@ __device__ inline void multiply_stage(ProductSums& sums, uint32_t rows, uint32_t
   multiply_commit();
 }
 
-// The sums of a tile: of a warpgroup's rows from `first_row` bytes on.
-template <typename Operand, int kPromote>
-__device__ inline void multiply_tile(ProductSums& sums, int steps,
+// The sums of a piece, of which there are `steps()`: of a warpgroup's rows from `first_row` bytes on.
+template <typename Operand, int kPromote, typename Steps>
+__device__ inline void multiply_tile(ProductSums& sums, const Steps& steps,
                                      Ring<kProductStages, kProductStageBytes>& ring,
-                                     uint32_t first_row, int thread) {
+                                     uint32_t first_row) {
 #pragma unroll
   for (int half = 0; half < kProductHalves; ++half) clear(sums[half]);
   auto read = ring;
   if constexpr (kPromote == 0) {
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps(); ++step) {
       ring.wait_full();
       multiply_stage<Operand>(sums, ring.place() + first_row, ring.place() + kProductRowsBytes);
       ring.next();
       if (step > 0) {
         multiply_wait<1>();
-        free_slot<kProductBlocks>(read, thread);
+        free_slot<kProductBlocks>(read, thread_again() % 128);
       }
     }
     multiply_wait<0>();
 #pragma unroll
     for (int half = 0; half < kProductHalves; ++half) settle(sums[half]);
-    free_slot<kProductBlocks>(read, thread);
+    free_slot<kProductBlocks>(read, thread_again() % 128);
   } else {
 #pragma unroll 1
-    for (int step = 0; step < steps; step += kPromote) {
+    for (int step = 0; step < steps(); step += kPromote) {
 #pragma unroll
       for (int half = 0; half < kProductHalves; ++half) {
         Accumulators<16> part;
@@ -156,9 +229,74 @@ __device__ inline void multiply_tile(ProductSums& sums, int steps,
         }
       }
 #pragma unroll
-      for (int stage = 0; stage < kPromote; ++stage) free_slot<kProductBlocks>(read, thread);
+      for (int stage = 0; stage < kPromote; ++stage) free_slot<kProductBlocks>(read, thread_again() % 128);
     }
     ring = read;
+  }
+}
+
+// The part of share `share` that is this warpgroup's.
+__device__ inline float4* part_of(const ProductArguments& of, int share) {
+  const int block = share * kProductBlocks + rank_in_cluster(), thread = thread_again();
+  return of.parts + static_cast<int64_t>(block) * kProductPart +
+         (thread / 128 - 1) * (kProductPart / kProductConsumers) + thread % 128;
+}
+
+__device__ inline int* flag_of(const ProductArguments& of, int share) {
+  const int block = share * kProductBlocks + rank_in_cluster();
+  return of.flags + block * kProductConsumers + thread_again() / 128 - 1;
+}
+
+// The sums of a piece that does not begin its tile, to whoever has its beginning.
+__device__ inline void hand_over(const ProductArguments& of, const ProductSums& sums) {
+  float4* to = part_of(of, ProductPieces::share());
+#pragma unroll
+  for (int half = 0; half < kProductHalves; ++half) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float(&four)[4] = sums[half][j];
+      to[(half * 16 + j) * 128] = make_float4(four[0], four[1], four[2], four[3]);
+    }
+  }
+  __threadfence();
+  barrier_wait(thread_again() / 128, 128);
+  if (thread_again() % 128 == 0) {
+    asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(
+                     flag_of(of, ProductPieces::share()))
+                 : "memory");
+  }
+}
+
+// Those of the shares that have the rest of the tile, which ends before unit `end`; their flags are
+// 0 again.
+__device__ inline void take_over(const ProductArguments& of, ProductSums& sums, int end) {
+#pragma unroll 1
+  for (int share = ProductPieces::share() + 1; share * of.share < end; ++share) {
+    if (thread_again() % 128 == 0) {
+      int* flag = flag_of(of, share);
+      int there = 0;
+      while (!there) {
+        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
+      }
+      *flag = 0;
+    }
+    barrier_wait(thread_again() / 128, 128);
+    const float4* from = part_of(of, share);
+#pragma unroll
+    for (int half = 0; half < kProductHalves; ++half) {
+#pragma unroll
+      for (int first = 0; first < 16; first += 8) {
+        if (again(of.share) == 0) continue;  // never: eight are a branch, as a row of end_tile
+#pragma unroll
+        for (int j = first; j < first + 8; ++j) {
+          const float4 four = __ldcg(from + (half * 16 + j) * 128);
+          sums[half][j][0] += four.x;
+          sums[half][j][1] += four.y;
+          sums[half][j][2] += four.z;
+          sums[half][j][3] += four.w;
+        }
+      }
+    }
   }
 }
 
@@ -173,15 +311,13 @@ __device__ inline void load_lines(const ProductArguments& of, uint32_t lines, in
   }
 }
 
-template <int kCount>
-__device__ inline void load_floats(float (&to)[kCount], uint32_t from) {
+__device__ inline void load_eight(float (&to)[8], uint32_t from) {
 #pragma unroll
-  for (int i = 0; i < kCount; i += 4) {
-    const uint4 four = load_vector(from + 4 * i);
-    to[i] = __uint_as_float(four.x);
-    to[i + 1] = __uint_as_float(four.y);
-    to[i + 2] = __uint_as_float(four.z);
-    to[i + 3] = __uint_as_float(four.w);
+  for (int i = 0; i < 8; i += 4) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[i]), "=f"(to[i + 1]), "=f"(to[i + 2]), "=f"(to[i + 3])
+                 : "r"(from + 4 * i)
+                 : "memory");
   }
 }
 
@@ -261,33 +397,48 @@ __device__ inline void end_tile(const ProductArguments& of, const ProductSums& s
     if constexpr (!kGelu) {
       if (group + kAhead < kGroups) load_residual(group + kAhead);
     }
-    const int from = group * 4 * kTogether + first;
-    float scales[kTogether], biases[kTogether];
-    if constexpr (kFp8) load_floats(scales, lines + 4 * from);
-    load_floats(biases, lines + 4 * (kProductSlice + from));
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      float y[kTogether];
+    for (int half = 0; half < kProductHalves; ++half) {
+      // A branch, for a compiler that else has many rows at a time and not the registers.
+      if (row_of(2 * half) >= of.rows) continue;
+      uint32_t words[2][4];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const float sum = sums[i / 2][group * kTogether / 2 + j / 2][i % 2 * 2 + j % 2];
-        y[j] = kFp8 ? fmaf(sum * row_scales[i], scales[j], biases[j]) : sum + biases[j];
-        if constexpr (kGelu) y[j] = gelu(y[j]);
-        if constexpr (kQuantised) y[j] *= inverses[i];
+      for (int part = 0; part < kTogether / 8; ++part) {
+        const uint32_t at = lines + 4 * (group * 4 * kTogether + first + 8 * part);
+        float scales[8], biases[8];
+        if constexpr (kFp8) load_eight(scales, at);
+        load_eight(biases, at + 4 * kProductSlice);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float y[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const int block = group * kTogether / 2 + part * 4 + j / 2;
+            const float sum = sums[half][block][2 * i + j % 2];
+            y[j] = kFp8 ? fmaf(sum * row_scales[2 * half + i], scales[j], biases[j])
+                        : sum + biases[j];
+            if constexpr (kGelu) y[j] = gelu(y[j]);
+            if constexpr (kQuantised) y[j] *= inverses[2 * half + i];
+          }
+          if constexpr (kQuantised) {
+            words[i][2 * part] = e4m3_four(y[0], y[1], y[2], y[3]);
+            words[i][2 * part + 1] = e4m3_four(y[4], y[5], y[6], y[7]);
+          } else {
+            if constexpr (!kGelu) add_pairs(y, residual[group][2 * half + i]);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) words[i][j] = bf16_pair(y[2 * j], y[2 * j + 1]);
+          }
+        }
       }
-      uint4 four;
-      if constexpr (kQuantised) {
-        four = {e4m3_four(y[0], y[1], y[2], y[3]), e4m3_four(y[4], y[5], y[6], y[7]),
-                e4m3_four(y[8], y[9], y[10], y[11]), e4m3_four(y[12], y[13], y[14], y[15])};
-      } else {
-        if constexpr (!kGelu) add_pairs(y, residual[group][i]);
-        four = {bf16_pair(y[0], y[1]), bf16_pair(y[2], y[3]), bf16_pair(y[4], y[5]),
-                bf16_pair(y[6], y[7])};
-      }
-      if (row_of(i) < of.rows) {
-        constexpr int kBytes = kQuantised ? 1 : 2;
-        auto* to = static_cast<uint8_t*>(of.out) + place * kBytes;
-        *reinterpret_cast<uint4*>(to + further_on(i, group) * kBytes) = four;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (row_of(2 * half + i) < of.rows) {
+          constexpr int kBytes = kQuantised ? 1 : 2;
+          auto* to = static_cast<uint8_t*>(of.out) +
+                     (place + further_on(2 * half + i, group)) * kBytes;
+          *reinterpret_cast<uint4*>(to) =
+              make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
+        }
       }
     }
   }
@@ -301,8 +452,10 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   const uint32_t base = shared_address(shared);
   const int rank = rank_in_cluster();
   Ring<kProductStages, kProductStageBytes> ring{base, base + kProductBarriers};
+  const ProductRecords records{base + kProductMail, base + kProductMail + 16 * kProductRecords};
   if (threadIdx.x == 0) {
     ring.begin(1, kProductConsumers * kProductBlocks);  // a thread of each warpgroup
+    for (int i = 0; i < kProductRecords; ++i) phase_begin(records.barrier(i), 1);
     phases_begun();
   }
   __syncthreads();
@@ -312,26 +465,35 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   if (threadIdx.x < 128) {
     registers_shrink<kProductCopier>();
     if (threadIdx.x == 0) {
-      copy_product<kProductTogether<Operand, kGelu>, Operand>(of, &a, &weight, ring, rank);
+      copy_product<kProductTogether<Operand, kGelu>, Operand>(of, &a, &weight, ring, records, rank);
     }
   } else {
     registers_grow<kProductRegisters>();
-    const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128 - 1;
     constexpr int kRows = kProductRows / kProductConsumers;
-    const uint32_t lines = base + kProductLines + warpgroup * kProductLinesBytes;
-    const int steps = of.depth * Operand::kBytes / kMatrixRow;
-    const ProductWork work(of);
-    for (int item = blockIdx.x / kProductBlocks; item < work.items();
-         item += gridDim.x / kProductBlocks) {
-      const int2 tile = work.tile(item);
-      const int column = tile.y + rank * kProductSlice;
+    const int first_row = (threadIdx.x / 128 - 1) * kRows;
+    const uint32_t lines = base + kProductLines + (threadIdx.x / 128 - 1) * kProductLinesBytes;
+    for (int piece = 0;; ++piece) {
+      records.wait(piece);
+      const ProductRecord now = records.read(piece);
+      if (now.steps == 0) break;
       barrier_wait(thread_again() / 128, 128);  // the lines of the tile before are read
-      load_lines<Operand>(of, lines, column, thread);
-      if constexpr (!kGelu) fetch_residual(of, tile.x + warpgroup * kRows, column, thread);
+      load_lines<Operand>(of, lines, now.column, thread_again() % 128);
+      if constexpr (!kGelu) {
+        fetch_residual(of, now.row + first_row, now.column, thread_again() % 128);
+      }
       ProductSums sums;
-      multiply_tile<Operand, kPromote>(sums, steps, ring, warpgroup * kRows * kMatrixRow, thread);
-      barrier_wait(thread_again() / 128, 128);
-      end_tile<Operand, kGelu>(of, sums, tile.x + warpgroup * kRows, column, lines);
+      // Read again at every step: a register less.
+      const auto steps = [&] { return records.read(again(piece)).steps; };
+      multiply_tile<Operand, kPromote>(sums, steps, ring, first_row * kMatrixRow);
+      const ProductRecord done = records.read(again(piece));
+      if (done.end == 0) {
+        hand_over(of, sums);
+      } else {
+        if (of.share > 0) take_over(of, sums, done.end);
+        barrier_wait(thread_again() / 128, 128);
+        const ProductRecord ended = records.read(again(piece));
+        end_tile<Operand, kGelu>(of, sums, ended.row + first_row, ended.column, lines);
+      }
     }
   }
   cluster_wait();

@@ -50,6 +50,9 @@ __global__ void __launch_bounds__(32 * kRowsWarps) rows_kernel(RowsArguments giv
   after_kernel_before();
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsWarps + threadIdx.x / 32;
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < given.num_flags; i += blockDim.x) given.flags[i] = 0;
+  }
   if (row >= given.rows) return;
   constexpr int kWidth = 256 * kChunks;
   const uint4* tokens = reinterpret_cast<const uint4*>(given.tokens) + row * (kWidth / 8) + lane;

@@ -33,6 +33,7 @@ CUDA_DEPTH = 256  # bytes of what is summed over: two stages, after which sums o
 CUDA_WIDTH = 256  # of a token that is normed or quantised: a warp's 32 lanes have 8 elements each
 CUDA_MOST_WIDTH = 4096  # which a warp's registers hold
 CUDA_MOST_TOKENS = 2**31 - 257  # rows are counted in ints; a tile has 256
+CUDA_PART = 256 * 128  # sums of a block, a tile of a product
 VECTOR = 16  # bytes of one load
 
 _SLOWER = (

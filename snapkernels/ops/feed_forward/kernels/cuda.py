@@ -3,8 +3,11 @@
 Legend: M tokens, D their width, N that of a linear's result, F hidden width.
 """
 
+from functools import cache
+
 import torch
 
+from snapkernels.ops.feed_forward.config import CUDA_PART
 from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForwardWeights
 
 E4M3 = torch.float8_e4m3fn
@@ -30,6 +33,7 @@ def linear(
         None if residual is None else _rows(residual),
         None if norm_weight is None else torch.empty_like(x_MD),
         y_MN,
+        *_parts(x_MD),
         eps,
     )
     return y_MN.view(*tokens.shape[:-1], -1)
@@ -58,6 +62,7 @@ def linear_fp8(
         torch.empty_like(x_MD, dtype=E4M3),
         x_MD.new_empty(len(x_MD), dtype=torch.float32),
         y_MN,
+        *_parts(x_MD),
         eps,
     )
     return y_MN.view(*tokens.shape[:-1], -1)
@@ -79,6 +84,7 @@ def feed_forward(
         torch.empty_like(x_MD),
         x_MD.new_empty(len(x_MD), len(w.fc1_bias)),
         y_MD,
+        *_parts(x_MD),
         eps,
     )
     return y_MD.view(tokens.shape)
@@ -94,6 +100,7 @@ def feed_forward_fp8(tokens: torch.Tensor, w: Fp8FeedForwardWeights, eps: float)
         x_MD.new_empty(2, len(x_MD), dtype=torch.float32),
         x_MD.new_empty(len(x_MD), len(w.fc1_bias), dtype=E4M3),
         y_MD,
+        *_parts(x_MD),
         eps,
     )
     return y_MD.view(tokens.shape)
@@ -102,6 +109,18 @@ def feed_forward_fp8(tokens: torch.Tensor, w: Fp8FeedForwardWeights, eps: float)
 def _rows(tokens: torch.Tensor) -> torch.Tensor:
     """(..., D) as (M, D), contiguous."""
     return tokens.reshape(-1, tokens.shape[-1]).contiguous()
+
+
+def _parts(x_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where tiles split by their depth are put together: sums, and flags that they are there."""
+    blocks = _multiprocessors(x_MD.get_device()) // 2 * 2
+    parts = x_MD.new_empty(blocks, CUDA_PART, dtype=torch.float32)
+    return parts, x_MD.new_empty(blocks, 2, dtype=torch.int32)
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
