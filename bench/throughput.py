@@ -243,7 +243,7 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
     if options.backend == "compile":
         torch.compiler.reset()  # eight forms of a call are compiled, and a ninth is not
     if mode == "infer":
-        call = _inference(timed_network(model.eval(), data, options), config, data)
+        call = _inference(timed_network(model.eval(), data, options), model, data)
     else:
         call = _training_step(model, data)
     case = f"model/{config.name}/{mode} batch {batch}"
@@ -271,11 +271,15 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
     return measured
 
 
-def _inference(network: Network, config: FITConfig, data: Batch) -> Callable[[], object]:
+def _inference(network: Network, model: FIT, data: Batch) -> Callable[[], object]:
     """One denoiser evaluation: c_in and c_skip scaling, network, self-conditioned."""
+    config = model.config
     diffusion = SnapDiffusion(sigma_in=config.sigma_in)
+    # The first has no latents before it: zeros, and not None, which would be compiled apart.
+    latents = (len(data.sigma), config.num_latents, config.latent_dim)
+    nothing = model.positions.new_zeros(latents)
     with torch.no_grad():
-        _, previous = diffusion.denoise(network, data.x_sigma, data.sigma, data.cond)
+        _, previous = diffusion.denoise(network, data.x_sigma, data.sigma, data.cond, nothing)
 
     @torch.no_grad()
     def evaluate() -> None:

@@ -94,6 +94,7 @@ LINEAR_FP8 = Spec(
     limit=LIMIT,
     slack=SLACK,
     residual="residual",
+    compiled_beside=True,
 )
 
 FEED_FORWARD_FP8 = Spec(
@@ -133,4 +134,5 @@ FEED_FORWARD_FP8 = Spec(
     limit=LIMIT,
     slack=SLACK,
     residual="tokens",
+    compiled_beside=True,
 )
