@@ -166,8 +166,9 @@ def bench_preset(
     """Gate and time one preset; a row for every batch size and mode."""
     say(f"{config.name}: building {options.variant}")
     modes = options.modes
-    if options.quantised or options.capture:
-        say(f"{config.name}: {options.variant} is not trained: it has no gradients")
+    if "train" in modes and (options.quantised or options.capture):
+        what = "captured" if options.capture else "quantised"
+        say(f"{config.name}: {options.variant} has no row of training: it is {what}, for inference")
         modes = ("infer",)
     cases = [(batch, mode) for batch in batches for mode in modes]
     with reported_out_of_memory() as memory:

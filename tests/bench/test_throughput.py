@@ -278,7 +278,7 @@ def test_recipes_and_backends_are_rows_of_one_record(rows, monkeypatch, capsys):
     assert [how for _, how in compiled] == [{"dynamic": False}] * 2
     assert isinstance(compiled[1][0].self_conditioning.ff, Fp8FeedForward)
     told = capsys.readouterr()
-    assert "tiny: ours-fp8 is not trained: it has no gradients" in told.err
+    assert "tiny: ours-fp8 has no row of training: it is quantised, for inference" in told.err
     assert re.search(r"\| model/tiny/infer +\| ours-fp8 ", told.out)
 
 
