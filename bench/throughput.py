@@ -164,13 +164,15 @@ def bench_preset(
     config: FITConfig, batches: list[int], options: Options
 ) -> Iterator[dict[str, Any]]:
     """Gate and time one preset; a row for every batch size and mode."""
-    say(f"{config.name}: building {options.variant}")
     modes = options.modes
     if "train" in modes and (options.quantised or options.capture):
         what = "captured" if options.capture else "quantised"
         say(f"{config.name}: {options.variant} has no row of training: it is {what}, for inference")
-        modes = ("infer",)
+        modes = tuple(mode for mode in modes if mode != "train")
     cases = [(batch, mode) for batch in batches for mode in modes]
+    if not cases:
+        return
+    say(f"{config.name}: building {options.variant}")
     with reported_out_of_memory() as memory:
         require_cpu_memory(config, options)
         calls = "eager" if options.backend == "compile" else options.backend
@@ -232,6 +234,8 @@ def prepare(model: FIT, options: Options) -> tuple[str, dict[str, float]]:
 
 def timed_network(model: FIT, data: Batch, options: Options) -> Network:
     """The model, or its captured form for such a batch."""
+    if options.backend == "compile":
+        torch.compiler.reset()  # eight forms of a call are compiled, and a ninth is not
     return model.capture(data.x_sigma, data.sigma, data.cond) if options.capture else model
 
 
@@ -241,12 +245,8 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
     data = load_batch(options.clip, config, batch, options.framerate, options.device)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    if options.backend == "compile":
-        torch.compiler.reset()  # eight forms of a call are compiled, and a ninth is not
-    if mode == "infer":
-        call = _inference(timed_network(model.eval(), data, options), model, data)
-    else:
-        call = _training_step(model, data)
+    network = timed_network(model.train(mode == "train"), data, options)
+    call = _training_step(model, data) if mode == "train" else _inference(network, model, data)
     case = f"model/{config.name}/{mode} batch {batch}"
     say(f"{case}: warming up")
     call()
@@ -294,7 +294,6 @@ def _training_step(model: FIT, data: Batch) -> Callable[[], object]:
 
     A user of PyTorch's calls draws noise by them and stores it; ours is counted.
     """
-    model.train()
     diffusion = SnapDiffusion(sigma_in=model.config.sigma_in)
 
     def step() -> None:

@@ -247,6 +247,11 @@ def test_a_gradient_that_is_not_finite_is_a_red_gate(monkeypatch, capsys):
     assert "a gradient is missing or not finite" in capsys.readouterr().err
 
 
+def test_training_alone_is_of_what_can_be_trained(rows):
+    found = rows("--recipe", "fp8", "bf16", "--mode", "train")
+    assert [(row["case"], row["variant"]) for row in found] == [("model/tiny/train", "ours-fp32")]
+
+
 @pytest.fixture
 def rows(monkeypatch, tmp_path):
     """A function of flags: the rows of the record of a run in this process, timed as 6 ms."""
