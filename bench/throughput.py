@@ -164,12 +164,15 @@ def bench_preset(
     config: FITConfig, batches: list[int], options: Options
 ) -> Iterator[dict[str, Any]]:
     """Gate and time one preset; a row for every batch size and mode."""
-    say(f"{config.name}: building {options.variant}")
     modes = options.modes
-    if options.quantised or options.capture:
-        say(f"{config.name}: {options.variant} is not trained: it has no gradients")
-        modes = ("infer",)
+    if "train" in modes and (options.quantised or options.capture):
+        what = "captured" if options.capture else "quantised"
+        say(f"{config.name}: {options.variant} has no row of training: it is {what}, for inference")
+        modes = tuple(mode for mode in modes if mode != "train")
     cases = [(batch, mode) for batch in batches for mode in modes]
+    if not cases:
+        return
+    say(f"{config.name}: building {options.variant}")
     with reported_out_of_memory() as memory:
         require_cpu_memory(config, options)
         calls = "eager" if options.backend == "compile" else options.backend
@@ -231,6 +234,8 @@ def prepare(model: FIT, options: Options) -> tuple[str, dict[str, float]]:
 
 def timed_network(model: FIT, data: Batch, options: Options) -> Network:
     """The model, or its captured form for such a batch."""
+    if options.backend == "compile":
+        torch.compiler.reset()  # eight forms of a call are compiled, and a ninth is not
     return model.capture(data.x_sigma, data.sigma, data.cond) if options.capture else model
 
 
@@ -240,12 +245,8 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
     data = load_batch(options.clip, config, batch, options.framerate, options.device)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    if options.backend == "compile":
-        torch.compiler.reset()  # eight forms of a call are compiled, and a ninth is not
-    if mode == "infer":
-        call = _inference(timed_network(model.eval(), data, options), config, data)
-    else:
-        call = _training_step(model, data)
+    network = timed_network(model.train(mode == "train"), data, options)
+    call = _training_step(model, data) if mode == "train" else _inference(network, model, data)
     case = f"model/{config.name}/{mode} batch {batch}"
     say(f"{case}: warming up")
     call()
@@ -271,11 +272,15 @@ def time_case(model: FIT, batch: int, mode: str, options: Options) -> dict[str, 
     return measured
 
 
-def _inference(network: Network, config: FITConfig, data: Batch) -> Callable[[], object]:
+def _inference(network: Network, model: FIT, data: Batch) -> Callable[[], object]:
     """One denoiser evaluation: c_in and c_skip scaling, network, self-conditioned."""
+    config = model.config
     diffusion = SnapDiffusion(sigma_in=config.sigma_in)
+    # The first has no latents before it: zeros, and not None, which would be compiled apart.
+    latents = (len(data.sigma), config.num_latents, config.latent_dim)
+    nothing = model.positions.new_zeros(latents)
     with torch.no_grad():
-        _, previous = diffusion.denoise(network, data.x_sigma, data.sigma, data.cond)
+        _, previous = diffusion.denoise(network, data.x_sigma, data.sigma, data.cond, nothing)
 
     @torch.no_grad()
     def evaluate() -> None:
@@ -289,7 +294,6 @@ def _training_step(model: FIT, data: Batch) -> Callable[[], object]:
 
     A user of PyTorch's calls draws noise by them and stores it; ours is counted.
     """
-    model.train()
     diffusion = SnapDiffusion(sigma_in=model.config.sigma_in)
 
     def step() -> None:

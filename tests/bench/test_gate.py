@@ -6,8 +6,7 @@ import torch
 from throughput import CLIP
 from workload import build_model, load_batch
 
-from snapkernels import dispatch, library
-from snapkernels.ops.feed_forward import op as feed_forward
+from snapkernels import dispatch, library, quantise
 from snapkernels.ops.latent_attn import op as latent_attn
 from snapkernels.registry import OPS
 from snapvideo_core import PRESETS, SnapDiffusion
@@ -40,7 +39,7 @@ BUGS = {
     "last key of each group dropped": (library, CROSS, without_last_key),
     "q and k swapped": (latent_attn, ["latent_attention"], q_and_k_swapped),
     "self-attention left out": (latent_attn, ["latent_attention"], lambda f: lambda z, *a: z),
-    "residual left out": (feed_forward, ["feed_forward"], lambda f: lambda x, *a: f(x, *a) - x),
+    "residual left out": (library, ["feed_forward"], lambda f: lambda x, *a: f(x, *a) - x),
     "video mirrored": (library, ["head"], lambda f: lambda x, *a: f(x, *a).flip(-1)),
     "not a number": (library, ["head"], lambda f: lambda x, *a: f(x, *a) * float("nan")),
 }
@@ -86,3 +85,24 @@ def test_the_model_comes_back_as_it_was():
     assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"eager"}
     for name, value in model.state_dict().items():
         assert value.dtype == torch.bfloat16 and torch.equal(value, before[name]), name
+
+
+def test_a_quantised_model_is_judged_by_the_weights_it_had():
+    """And plain fp8 is measured on it without changing which backend its layers have."""
+    config = PRESETS["tiny"]
+    model = build_model(config, CPU, torch.bfloat16, "reference").eval()
+    data = load_batch(CLIP, config, 1, 24.0, CPU)
+    previous = torch.randn(1, config.num_latents, config.latent_dim)
+    inputs = gate_module.Inputs(data.x_sigma, data.sigma, data.cond, previous)
+    expected = gate_module.expected_output(model, inputs)
+    assert expected.dtype == torch.float64
+    quantise(model, "fp8")
+    plain = gate_module.plain_error(model, inputs, expected)
+    assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"reference"}
+    verdict, error = gate_module.judged(model, inputs, expected, plain)
+    assert verdict == "ok"  # the reference leaves activations as they are
+    assert 5e-3 < error["rms_vs_fp64"] < plain < gate_module.QUANTISED_LIMIT
+    verdict, _ = gate_module.judged(model, inputs, expected, error["rms_vs_fp64"] / 1.01)
+    assert verdict.startswith("relative rms error")
+    own = gate_module.expected_output(model, inputs)  # of the weights as they are now
+    assert gate_module.judged(model, inputs, own, 1.5e-2)[0] == "ok"

@@ -95,6 +95,20 @@ def test_the_table_shows_ours_the_ceiling_the_floor_and_the_paper(figures):
     assert "no figure" in report.figure_table(figures)
 
 
+def test_fp8_is_held_to_its_own_ceiling_and_to_none_where_there_is_none(figures):
+    def of_ceiling():
+        header, _, first, *_ = report.figure_table(figures).splitlines()
+        cells = (line.split("|") for line in (header, first))
+        return {name.strip(): value.strip() for name, value in zip(*cells, strict=True)}[
+            "% of ceiling"
+        ]
+
+    figures["rows"][0]["variant"] = "ours-fp8"
+    assert of_ceiling() == ""
+    figures["ceilings"]["fp8_tflop_s"] = 1400.0
+    assert of_ceiling() == "25"
+
+
 def test_every_committed_record_is_in_form_and_clean():
     assert COMMITTED
     for path in COMMITTED:

@@ -11,11 +11,13 @@ import torch
 from video_files import quadrants, write_image
 from workload import load_batch
 
+from snapkernels import FeedForward, Fp8FeedForward, LatentAttention
 from snapkernels.testing import record
+from snapkernels.testing.load import Load
 from snapkernels.testing.timing import Timing
-from snapvideo_core import FIT, read_clip
+from snapvideo_core import FIT, capture, read_clip
 from snapvideo_core.config import TINY, TINY_UP
-from snapvideo_core.flops import graph_tflop, least_tflop
+from snapvideo_core.flops import graph_tflop, least_tflop, quantised_tflop
 
 
 def run(*arguments):
@@ -87,11 +89,11 @@ def test_an_image_is_a_clip_of_infinite_framerate(tmp_path):
 def test_inference_is_self_conditioned():
     """The timed evaluation has the latents of one before it."""
     data, seen = load_batch(throughput.CLIP, TINY, 1, 24.0, torch.device("cpu")), []
-    model = FIT(TINY)
+    model = FIT(TINY).eval()
     model.register_forward_hook(lambda _, arguments, result: seen.append((arguments[3], result[1])))
-    throughput._inference(model, data)()
+    throughput._inference(model, model, data)()
     (nothing, latents), (previous, _) = seen
-    assert nothing is None and previous is latents and not model.training
+    assert not nothing.any() and previous is latents
 
 
 def test_every_case_reads_the_clip_at_the_framerate_asked_for(monkeypatch):
@@ -147,6 +149,9 @@ def test_flags_reach_the_run(tmp_path):
         (["--framerate", "-1"], "must be a number above 0, got '-1'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--backend", "cudnn"], "invalid choice: 'cudnn'"),
+        (["--recipe", "fp4"], "invalid choice: 'fp4'"),
+        (["--recipe", "fp8", "--mode", "train"], "--mode train needs --recipe bf16 and no --capt"),
+        (["--capture", "--mode", "train"], "--mode train needs --recipe bf16 and no --capture"),
         (["--json", "no/such/folder/figures.json"], "a folder that exists and can be written to"),
         (["--json", "bench"], "it must be a file in a folder that exists"),
     ],
@@ -191,7 +196,7 @@ def test_gradients_of_a_case_that_ran_out_do_not_stay(monkeypatch, capsys):
             parameter.grad = torch.zeros_like(parameter)
         raise MemoryError
 
-    def infer(model, data):
+    def infer(network, model, data):
         assert all(parameter.grad is None for parameter in model.parameters())
         return lambda: None
 
@@ -227,7 +232,7 @@ def test_figures_are_a_videos_share_of_a_batch(monkeypatch, tmp_path):
 
 def test_no_speed_on_a_red_gate(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput, "gate", lambda *_: ("wrong", {"rms_vs_fp64": 1.0}))
+    monkeypatch.setattr(throughput, "judged", lambda *_: ("wrong", {"rms_vs_fp64": 1.0}))
     monkeypatch.setattr(throughput, "measure", lambda *_, **__: pytest.fail("it was timed"))
     monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: {"fp32_tflop_s": 1.0})
     assert throughput.main(["--preset", "tiny"]) == 1
@@ -240,3 +245,114 @@ def test_a_gradient_that_is_not_finite_is_a_red_gate(monkeypatch, capsys):
     monkeypatch.setattr(throughput, "training_loss", lambda *a, **o: whole(*a, **o) * float("nan"))
     assert throughput.main(["--preset", "tiny", "--mode", "train"]) == 1
     assert "a gradient is missing or not finite" in capsys.readouterr().err
+
+
+def test_training_alone_is_of_what_can_be_trained(rows):
+    found = rows("--recipe", "fp8", "bf16", "--mode", "train")
+    assert [(row["case"], row["variant"]) for row in found] == [("model/tiny/train", "ours-fp32")]
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """A function of flags: the rows of the record of a run in this process, timed as 6 ms."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: Timing(6.0, 6.0, 6.0))
+    ceilings = {"fp32_tflop_s": 0.5, "bf16_tflop_s": 0.5, "fp8_tflop_s": 1.0}
+    monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: ceilings)
+
+    def run_here(*flags, code=0):
+        target = tmp_path / "figures.json"
+        assert throughput.main(["--preset", "tiny", *flags, "--json", str(target)]) == code
+        return json.loads(target.read_text())["rows"]
+
+    return run_here
+
+
+def test_recipes_and_backends_are_rows_of_one_record(rows, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(FIT, "compile", lambda model, **how: compiled.append((model, how)))
+    found = rows("--recipe", "bf16", "fp8", "--backend", "ours", "eager", "compile")
+    assert [(row["case"], row["variant"]) for row in found] == [
+        (f"model/tiny/{mode}", f"{backend}-{number}")
+        for number, modes in (("fp32", ("infer", "train")), ("fp8", ("infer",)))
+        for backend in ("ours", "eager", "compile")
+        for mode in modes
+    ]
+    assert {row["gate"] for row in found} == {"ok"}
+    assert [model.backend for model, _ in compiled] == ["eager", "eager"]
+    assert [how for _, how in compiled] == [{"dynamic": False}] * 2
+    assert isinstance(compiled[1][0].self_conditioning.ff, Fp8FeedForward)
+    told = capsys.readouterr()
+    assert "tiny: ours-fp8 has no row of training: it is quantised, for inference" in told.err
+    assert re.search(r"\| model/tiny/infer +\| ours-fp8 ", told.out)
+
+
+def test_the_floor_of_fp8_is_each_product_at_its_own_rate(rows):
+    (row,) = rows("--recipe", "fp8")
+    quantised = quantised_tflop(TINY, throughput.RECIPES["fp8"])
+    assert 0 < quantised < least_tflop(TINY)
+    floor = 1e3 * (quantised / 1.0 + (least_tflop(TINY) - quantised) / 0.5)
+    assert row["floor"] == pytest.approx(floor, rel=1e-4)
+
+
+def test_an_fp8_model_is_held_to_plain_fp8_and_to_the_weights_it_was_made_of(rows, monkeypatch):
+    (row,) = rows("--recipe", "fp8")
+    error = row["error"]
+    assert error["rms_eager"] == error["rms_vs_fp64"]  # a CPU runs the same calls
+    assert 1e-2 < error["rms_vs_fp64"] < 0.1  # the weights' own rounding is in it
+    monkeypatch.setattr(throughput, "plain_error", lambda *_: error["rms_vs_fp64"] / 1.03)
+    (row,) = rows("--recipe", "fp8", code=1)
+    assert row["gate"].startswith("relative rms error") and "value" not in row
+    monkeypatch.setattr(throughput, "plain_error", lambda *_: float("inf"))
+    monkeypatch.setattr(throughput, "QUANTISED_LIMIT", error["rms_vs_fp64"] / 2)
+    (row,) = rows("--recipe", "fp8", code=1)
+    assert "value" not in row
+
+
+def test_a_captured_model_is_gated_and_timed_and_says_so(monkeypatch):
+    """With a graph that is played."""
+    captured = []
+
+    def recorded(evaluate, device, name):
+        outputs = evaluate()
+        captured.append(len(outputs[0]))
+
+        def replay():
+            for memory, result in zip(outputs, evaluate(), strict=True):
+                memory.copy_(result)
+
+        return replay, outputs
+
+    monkeypatch.setattr(capture, "recorded", recorded)
+    cpu = torch.device("cpu")
+    options = throughput.Options(
+        device=cpu,
+        dtype=torch.float32,
+        backend="ours",
+        recipe=throughput.RECIPES["bf16"],
+        capture=True,
+        modes=("infer", "train"),
+        clip=throughput.CLIP,
+        framerate=24.0,
+        repeats=1,
+        ceilings={"fp32_tflop_s": 0.5},
+        load=Load(cpu),
+    )
+    (row,) = throughput.bench_preset(TINY, [2], options)
+    assert captured == [1, 2]  # for the gate, and to be timed
+    assert row["gate"] == "ok" and row["case"] == "model/tiny/infer"
+    assert row["includes"].endswith(throughput.CAPTURED)
+
+
+def test_without_a_gpu_nothing_is_captured():
+    done = run("--capture")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: --capture makes a CUDA graph")
+
+
+def test_a_quantised_model_has_no_layer_left_as_it_was(rows, monkeypatch):
+    seen = []
+    real = throughput._inference
+    monkeypatch.setattr(throughput, "_inference", lambda m, *a: seen.append(m) or real(m, *a))
+    rows("--recipe", "fp8")
+    assert not any(type(m) in (FeedForward, LatentAttention) for m in seen[0].modules())

@@ -7,9 +7,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from snapkernels import RECIPES, Fp8FeedForward, Fp8LatentAttention, quantise
 from snapvideo_core import FIT, PRESETS, Conditioning
 from snapvideo_core.config import FIT_3_9B, FIT_3_9B_UP, FIT_500M, TINY, TINY_UP
-from snapvideo_core.flops import forward_flops, graph_tflop, least_tflop
+from snapvideo_core.flops import (
+    floor_ms,
+    forward_flops,
+    graph_tflop,
+    least_tflop,
+    quantised_tflop,
+)
 
 
 def meta_conditioning(config, batch=1):
@@ -123,3 +130,28 @@ def test_presets_are_found_by_name(config):
 def test_sizes_that_do_not_fit_are_named(config, change, message):
     with pytest.raises(ValueError, match=f"^tiny.*: {message}"):
         replace(config, **change)
+
+
+@pytest.mark.parametrize("config", [FIT_500M, FIT_3_9B, FIT_3_9B_UP], ids=lambda c: c.name)
+@pytest.mark.parametrize("layer", ["FeedForward", "LatentAttention"])
+def test_quantised_work_is_what_the_layers_of_the_recipe_do(config, layer):
+    """Counted by what the model does less without them, but for the attention's core."""
+    recipe = replace(RECIPES["fp8"], layers=(layer,))
+    matrices = 0
+    with torch.device("meta"):
+        for name, module in quantise(FIT(config).eval(), recipe).named_modules():
+            if isinstance(module, (Fp8FeedForward, Fp8LatentAttention)):
+                rows = config.num_latents
+                if name.endswith("write_ff"):
+                    rows = config.num_groups * config.group_tokens
+                weights = [t for t in module.buffers() if t.dtype == torch.float8_e4m3fn]
+                matrices += sum(2 * rows * weight.numel() for weight in weights)
+    assert quantised_tflop(config, recipe) == pytest.approx(matrices / 1e12, rel=1e-12)
+
+
+def test_the_floor_is_each_product_at_the_rate_of_its_format():
+    rates = {"tflop_s": 709.0, "quantised_tflop_s": 1311.0}
+    floors = [(FIT_500M, 0.99, 0.625), (FIT_3_9B, 9.08, 5.23), (FIT_3_9B_UP, 33.5, 20.2)]
+    for config, bf16, fp8 in floors:
+        assert floor_ms(config, RECIPES["bf16"], **rates) == pytest.approx(bf16, rel=1e-2)
+        assert floor_ms(config, RECIPES["fp8"], **rates) == pytest.approx(fp8, rel=1e-2)

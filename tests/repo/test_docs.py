@@ -125,7 +125,7 @@ def missing_name(name, doc):
         return missing_symbol(name)
     if re.fullmatch(r'\w+="\w+"', name):
         name = name.split("=")[0]
-    if re.fullmatch(r"[a-z]+-(bf16|fp16|fp32)", name):  # a variant: backend and dtype
+    if re.fullmatch(r"[a-z]+-(bf16|fp16|fp32|fp8)", name):  # a variant: backend and dtype
         name = name.replace("-", ".")
     head, *attributes = name.split(".")
     known = {head, *attributes} <= KNOWN

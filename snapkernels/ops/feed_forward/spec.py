@@ -84,6 +84,7 @@ LINEAR = Spec(
     ),
     flops=linear_flops,
     residual="residual",
+    compiled_beside=True,
     backward_reads=("tokens", "weight", "norm_weight"),
 )
 
@@ -173,5 +174,6 @@ FEED_FORWARD = Spec(
     ),
     flops=feed_forward_flops,
     residual="tokens",
+    compiled_beside=True,
     backward_reads=("tokens", "weights"),
 )
