@@ -39,7 +39,8 @@ def define(
     A small call costs its host time, so PyTorch's dispatcher is entered only where it has a part:
     for the gradient of a kernel, or while a mode, a transform, a trace or the profiler looks on.
     That saves two thirds of what a call costs beyond its backend. `custom_op` would wrap each call
-    once more.
+    once more. Of an op whose backends are all differentiated by PyTorch it has no part in a
+    gradient, whoever looks on: the op would run the forward again for it.
 
     Args:
         setup_context, backward: as `torch.library.register_autograd` takes them, of an op whose
@@ -49,6 +50,7 @@ def define(
     """
     op = _register_forward(spec)
     by_another_op = backward is not None
+    by_kernels = by_another_op or any(backend.backward for backend in spec.backends)
     if backward is None and spec.trains:
         setup_context, backward = _register_backward(spec)
     if backward is not None:
@@ -91,14 +93,15 @@ def define(
         if torch.compiler.is_compiling() or not _is_plain(spec, call):
             check(call, backend)
             flat = spec.flatten(call)
-            is_tracked(flat, backend)
+            if is_tracked(flat, backend) and not by_kernels:
+                return _output(implementation(choose(spec, backend, call, tracked=True))(*call))
             return _output(op(*flat, *call[len(spec.inputs) :], backend))
         flat = spec.flatten(call)
         check_once(call, flat, backend)
         if forward_ad._current_level >= 0:  # PyTorch would leave the tangent out and say nothing
             raise NotImplementedError(f"{spec.name} has no forward-mode derivative")
         tracked = is_tracked(flat, backend)
-        if not _watched():
+        if not _watched() or (tracked and not by_kernels):
             chosen = choose(spec, backend, call, tracked=tracked)
             if not tracked or not (by_another_op or chosen.backward):
                 return _output(implementation(chosen)(*call))

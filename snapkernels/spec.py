@@ -374,6 +374,15 @@ class Spec:
         return found
 
     @property
+    def multiplies_fp8(self) -> bool:
+        """Whether its products are of e4m3 numbers."""
+        dtypes: list[Dtype] = []
+        for declared in self.inputs.values():
+            own = declared.dtypes.values() if isinstance(declared, Fields) else [declared.dtype]
+            dtypes += own
+        return torch.float8_e4m3fn in dtypes
+
+    @property
     def trains(self) -> bool:
         """Whether anything has a gradient; an op for inference alone has none."""
         return any(self.differentiable)
@@ -390,7 +399,7 @@ class Spec:
     def result_shape(self, values: tuple[Any, ...]) -> list[int]:
         """The shape of the output of a call, "..." as the first input has it."""
         shape = self.output.shape(self.check(*values))
-        if self.output.dims[0] != "...":
+        if self.output.dims[:1] != ("...",):
             return shape
         first = next(iter(self.inputs.values()))
         assert isinstance(first, Tensor)

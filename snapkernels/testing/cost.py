@@ -45,12 +45,14 @@ def floor_ms(
     """The least milliseconds of `case` where copies and matrix products reach `ceilings`.
 
     Of several exact algorithms it is that of the least work. "fwd_bwd" is the sum: a backward
-    waits for its forward.
+    waits for its forward. Products of e4m3 numbers are held to the device's own, if any.
     `ceilings` are those of `snapkernels.roofline.measure_ceilings` for `dtype`.
     """
     if direction == "fwd_bwd":
         return sum(floor_ms(spec, case, one, dtype, ceilings) for one in ("fwd", "bwd"))
     matrix = next(rate for name, rate in ceilings.items() if name.endswith("_tflop_s"))
+    if spec.multiplies_fp8:
+        matrix = ceilings.get("fp8_tflop_s", matrix)
     moving = compulsory_bytes(spec, case, direction, dtype) / ceilings["copy_tb_s"] / 1e9
     return max(moving, least_flops(spec, case, direction) / matrix / 1e9)
 

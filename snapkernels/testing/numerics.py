@@ -1,4 +1,4 @@
-"""How far a result is from a more precise one."""
+"""How far a result is from a more precise one, and whether it is another bit for bit."""
 
 from typing import Any
 
@@ -34,3 +34,13 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
         raise ValueError("expected is all zeros or holds NaN: a relative error means nothing")
     error = (actual.detach().double() - reference).norm() / scale
     return error.item() if error.isfinite() else float("inf")
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shapes and bits: NaN is itself, and 0 is not -0."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+    )

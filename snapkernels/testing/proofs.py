@@ -19,7 +19,7 @@ from snapkernels.testing import aot, contract
 from snapkernels.testing.cases import make_values
 from snapkernels.testing.memory import nan_filled
 from snapkernels.testing.mutants import missing, planted
-from snapkernels.testing.numerics import relative_rms, widened
+from snapkernels.testing.numerics import relative_rms, same_bits, widened
 from snapkernels.testing.probes import missed
 
 # Relative rms error against float64, of a sublayer's branch: of eager PyTorch, which rounds every
@@ -416,16 +416,6 @@ def library() -> None:
 
 def _no_library() -> str | None:
     return None if extension.LIBRARY.is_file() else "the CUDA library (nvcc builds it: make ext)"
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal shapes and bits: NaN is itself, and 0 is not -0."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return (
-        a.shape == b.shape
-        and a.dtype == b.dtype
-        and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
-    )
 
 
 def short(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from snapkernels import env
-from snapkernels.philox import box_muller, normals, words
+from snapkernels.philox import box_muller, kept, normals, words
 from snapkernels.philox_triton import philox_normals, philox_pair, philox_words
 from snapkernels.testing import record
 
@@ -291,3 +291,18 @@ def test_bad_arguments(seed, sample, said):
 def test_bad_blocks():
     with pytest.raises(ValueError, match=r"blocks: \(2, 2\) int64"):
         words(0, torch.tensor([0]), torch.zeros(2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dropout_zeroes_by_the_words_of_a_sample_that_no_video_has(seed):
+    shape, probability = (3, 7, 5), 0.3
+    found = kept(seed, shape, probability, "cpu").flatten().tolist()
+    for element, one in enumerate(found):
+        word = by_hand((seed & ONES, seed >> 32), (element // 4, 0, ONES, ONES))[element % 4]
+        assert one == (word >= int(0.3 * 2**32))
+
+
+def test_dropout_keeps_its_share_and_all_without():
+    share = kept(7, (400, 250), 0.1, "cpu").double().mean()
+    assert abs(share - 0.9) < 4 * (0.1 * 0.9 / 1e5) ** 0.5
+    assert kept(7, (40, 25), 0.0, "cpu").all()

@@ -77,6 +77,7 @@ LINEAR = Spec(
     ),
     flops=linear_flops,
     residual="residual",
+    compiled_beside=True,
     backward_reads=("tokens", "weight", "norm_weight"),
 )
 
@@ -160,5 +161,6 @@ FEED_FORWARD = Spec(
     ),
     flops=feed_forward_flops,
     residual="tokens",
+    compiled_beside=True,
     backward_reads=("tokens", "weights"),
 )

@@ -104,6 +104,7 @@ LINEAR_FP8 = Spec(
     limit=LIMIT,
     slack=SLACK,
     residual="residual",
+    compiled_beside=True,
 )
 
 FEED_FORWARD_FP8 = Spec(
@@ -151,4 +152,5 @@ FEED_FORWARD_FP8 = Spec(
     limit=LIMIT,
     slack=SLACK,
     residual="tokens",
+    compiled_beside=True,
 )
