@@ -314,11 +314,11 @@ class Spec:
         args = Arguments(self.name)
         for (name, check), value in zip(self.checks, values, strict=True):
             check(args, name, value)
-        given = dict(zip(self.inputs, values, strict=False))
+        names = tuple(self.inputs)
         for one, other in self.together:
-            if (given[one] is None) != (given[other] is None):
-                left_out = one if given[one] is None else other
-                args.fail(f"{one} and {other} go together, but {left_out} is left out")
+            absent = [name for name in (one, other) if values[names.index(name)] is None]
+            if len(absent) == 1:
+                args.fail(f"{one} and {other} go together, but {absent[0]} is left out")
         for rule in self.parsed_rules:
             args.hold(rule)
         self.look_inside(*values)

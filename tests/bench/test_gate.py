@@ -7,7 +7,6 @@ from throughput import CLIP
 from workload import build_model, load_batch
 
 from snapkernels import dispatch, library
-from snapkernels.ops.feed_forward import op as feed_forward
 from snapkernels.ops.latent_attn import op as latent_attn
 from snapkernels.registry import OPS
 from snapvideo_core import PRESETS, SnapDiffusion
@@ -40,7 +39,7 @@ BUGS = {
     "last key of each group dropped": (library, CROSS, without_last_key),
     "q and k swapped": (latent_attn, ["latent_attention"], q_and_k_swapped),
     "self-attention left out": (latent_attn, ["latent_attention"], lambda f: lambda z, *a: z),
-    "residual left out": (feed_forward, ["feed_forward"], lambda f: lambda x, *a: f(x, *a) - x),
+    "residual left out": (library, ["feed_forward"], lambda f: lambda x, *a: f(x, *a) - x),
     "video mirrored": (library, ["head"], lambda f: lambda x, *a: f(x, *a).flip(-1)),
     "not a number": (library, ["head"], lambda f: lambda x, *a: f(x, *a) * float("nan")),
 }

@@ -226,8 +226,13 @@ def test_it_has_no_gradient_and_says_so(rng):
     asked = weights._replace(fc1_bias=weights.fc1_bias.clone().requires_grad_())
     with pytest.raises(ValueError, match=r"weights\.fc1_bias has no gradient here"):
         feed_forward_fp8(tokens.detach(), asked)
-    with torch.no_grad():
-        assert not feed_forward_fp8(tokens, asked).requires_grad
+    compiled = torch.compile(feed_forward_fp8, fullgraph=True, backend="aot_eager")
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            expected = feed_forward_fp8(tokens, asked)
+            assert not expected.requires_grad and compiled(tokens, asked).equal(expected)
+    with pytest.raises(Exception, match="has no gradient here"):
+        compiled(tokens, weights)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,17 @@ GLOBAL = ("global: qkvo", "global: attention")
         ("latent_attention", "3.9b", "3.9b", 16, GLOBAL),
         ("latent_attention", "up", "3.9b-up", 1, GLOBAL),
         ("latent_attention", "500m-b64", "500m", 64, GLOBAL),
-        ("feed_forward", "patch-up", "3.9b-up", 1, WRITE_FF),
-        ("feed_forward", "3.9b", "3.9b", 16, READ_FF),
-        ("feed_forward", "500m-b64", "500m", 64, READ_FF),
+        *(
+            (name, *case)
+            for name in ("feed_forward", "feed_forward_fp8")
+            for case in (
+                ("patch-up", "3.9b-up", 1, WRITE_FF),
+                ("3.9b", "3.9b", 16, READ_FF),
+                ("3.9b-b1", "3.9b", 1, READ_FF),
+                ("500m-b64", "500m", 64, READ_FF),
+                ("500m-patch-b64", "500m", 64, WRITE_FF),
+            )
+        ),
     ],
 )
 def test_a_case_is_that_part_of_the_model(name, case, preset, batch, parts):
@@ -40,3 +48,19 @@ def test_a_case_is_that_part_of_the_model(name, case, preset, batch, parts):
     if heads := found.options.get("num_heads"):
         head_dim = config.latent_head_dim if parts is GLOBAL else config.patch_head_dim
         assert sizes["I"] == heads * head_dim
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_fp8"])
+@pytest.mark.parametrize(
+    ("case", "preset", "batch"),
+    [("3.9b", "3.9b", 16), ("3.9b-b1", "3.9b", 1), ("500m-b64", "500m", 64)],
+)
+def test_linear_cases_are_the_projections_of_a_global_layer(name, case, preset, batch):
+    spec, config = op(name).spec, PRESETS[preset]
+    found = {one.name: one for one in spec.cases}
+    work = 0
+    for part in ("qkv", "out"):
+        values = make_values(spec, found[f"{part}-{case}"], torch.bfloat16, "meta")
+        work += spec.flops(spec.check(*values))
+    layers = config.blocks * config.global_layers
+    assert layers * work == batch * forward_flops(config)["global: qkvo"]

@@ -14,7 +14,8 @@ from snapkernels.testing import aot, bench, contract, cost, mutants, proofs
 from snapkernels.testing.cases import all_ids, find, make_values
 from snapkernels.testing.memory import nan_filled
 from snapkernels.testing.mutants import planted
-from snapkernels.testing.numerics import widened
+from snapkernels.testing.numerics import relative_rms, widened
+from snapkernels.testing.proofs import NearError, judge
 
 PATCHIFY = OPS["patchify"].spec
 CASES = {case.name: case for case in PATCHIFY.cases}
@@ -137,6 +138,52 @@ def test_compulsory_bytes_are_counted_by_hand():
     assert cost.floor_ms(ff, case, "fwd", torch.bfloat16, ceilings) == pytest.approx(
         4 * tokens * 4096 / 700e9
     )
+
+
+def test_fp8_is_held_against_its_own_products_and_bytes():
+    linear, fp8 = (OPS[name].spec for name in ("linear", "linear_fp8"))
+    case = next(case for case in fp8.cases if case.name == "out-3.9b")
+    rows, width = 16 * 768, 3072
+    tokens, bias = 3 * 2 * rows * width, 2 * width
+    for spec, weight in ((linear, 2 * width**2), (fp8, width**2 + 4 * width)):
+        moved = cost.compulsory_bytes(spec, case, "fwd", torch.bfloat16)
+        assert moved == tokens + bias + weight
+    ceilings = {"copy_tb_s": 3.0, "bf16_tflop_s": 700.0, "fp8_tflop_s": 1400.0}
+    work = 2 * rows * width**2 / 1e9
+    for spec, rate in ((linear, 700.0), (fp8, 1400.0)):
+        floor = cost.floor_ms(spec, case, "fwd", torch.bfloat16, ceilings)
+        assert floor == pytest.approx(work / rate)
+    del ceilings["fp8_tflop_s"]
+    assert cost.floor_ms(fp8, case, "fwd", torch.bfloat16, ceilings) == pytest.approx(work / 700)
+    assert bench.directions(linear) == ("fwd", "bwd", "fwd_bwd")
+    assert bench.directions(fp8) == ("fwd",)
+
+
+def test_inputs_that_are_made_of_random_ones_fit_each_other():
+    spec = OPS["linear_fp8"].spec
+    cases = {case.name: case for case in spec.cases}
+    tokens, weight, scale, bias, *rest = make_values(spec, cases["odd"], torch.bfloat16, "cpu")
+    drawn = make_values(OPS["linear"].spec, cases["odd"], torch.bfloat16, "cpu")
+    assert tokens.equal(drawn[0]) and bias.equal(drawn[2]) and rest[2].equal(drawn[5])
+    assert relative_rms(weight.float() * scale[:, None], drawn[1]) < 0.04
+    tokens, *_ = make_values(spec, cases["zero-rows"], torch.bfloat16, "cpu")
+    assert tokens[:, ::2].eq(0).all() and tokens[:, 1::2].ne(0).any()
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1.0, True), (1.015, True), (1.05, False)])
+def test_another_backend_may_be_the_slack_above_eager(factor, right):
+    """Its error is eager's times a factor, exactly: eager's result, moved away from the truth."""
+    spec = OPS["linear_fp8"].spec
+    case = next(case for case in spec.cases if case.name == "tiles")
+    call = make_values(spec, case, torch.float32, "cpu")
+    exact = spec.reference(*widened(call))
+    result = exact + factor * (spec.backend("eager").run(*call).double() - exact)
+    other = replace(spec.backend("eager"), name="another")
+    if right:
+        judge(spec, case, other, torch.float32, call, result)
+    else:
+        with pytest.raises(NearError):
+            judge(spec, case, other, torch.float32, call, result)
 
 
 def test_cases_are_found_by_their_ids():
