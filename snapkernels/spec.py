@@ -244,7 +244,7 @@ class Spec:
         exact: a result is right only if it is the reference's, bit for bit.
         limit: relative error that its eager backend may have, where more is asked of its dtype
             than the recipe can give.
-        slack: times eager's error that another backend may have.
+        slack: times eager's error that another backend may have, from a call's sizes.
         residual: the input that the op adds its branch to; errors are measured on the branch, or
             whole where a call leaves it out.
         moves: its time is that of moving its bytes, so a copy of them is timed beside it.
@@ -279,7 +279,7 @@ class Spec:
     algorithms: Mapping[str, Callable[[Sizes], int]] = field(default_factory=dict)
     exact: bool = False
     limit: float | None = None
-    slack: float = 1.0
+    slack: Callable[[Sizes], float] = lambda sizes: 1.0
     residual: str | None = None
     moves: bool = False
     compiled_beside: bool = False

@@ -195,7 +195,7 @@ def judge(
         eager = implementation(spec.backend("eager"))(*call)
         rounded = exact.to(result.dtype)
         errors += [_branch_error(spec, call, other, exact) for other in (eager, rounded)]
-    _hold(spec, errors, dtype, result.dtype)
+    _hold(spec, call, errors, dtype, result.dtype)
 
 
 def judge_draws(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) -> None:
@@ -210,16 +210,24 @@ def judge_draws(spec: Spec, case: Case, backend: Backend, dtype: torch.dtype) ->
         others = (result, eager, exact.to(result.dtype), torch.zeros_like(exact) + residual)
         squares += torch.stack([(one.double() - exact).square().sum() for one in others]).cpu()
     errors = (squares[:3] / squares[3]).sqrt().tolist()
-    _hold(spec, errors, dtype, result.dtype)
+    _hold(spec, call, errors, dtype, result.dtype)
 
 
-def _hold(spec: Spec, errors: list[float], dtype: torch.dtype, rounded_to: torch.dtype) -> None:
+def _hold(
+    spec: Spec,
+    call: tuple[Any, ...],
+    errors: list[float],
+    dtype: torch.dtype,
+    rounded_to: torch.dtype,
+) -> None:
     """`errors`: of the result and, unless it is eager's, of eager and of the exact one, rounded."""
     error, *others = errors
     limit = spec.limit or LIMITS[dtype]
     if others:
         eager, rounded = others
-        limit = min(limit, max(spec.slack * eager, AS_GOOD[rounded_to] * rounded))
+        limit = min(
+            limit, max(spec.slack(spec.check(*call)) * eager, AS_GOOD[rounded_to] * rounded)
+        )
     if not error <= limit:
         kind = NearError if error <= NEAR * limit else WrongError
         raise kind(f"relative rms error {error:.2e}, limit {limit:.2e}")

@@ -10,7 +10,17 @@ import torch
 from torch.nn.functional import gelu
 from torch.nn.functional import layer_norm as exact_norm
 
-from snapkernels import FeedForwardWeights, env, feed_forward, interpreter, linear, quantise_rows
+from snapkernels import (
+    FeedForwardWeights,
+    env,
+    feed_forward,
+    feed_forward_fp8,
+    interpreter,
+    linear,
+    linear_fp8,
+    quantise_feed_forward,
+    quantise_rows,
+)
 from snapkernels.ops.feed_forward import config
 from snapkernels.ops.feed_forward.weights import DIMS
 from snapkernels.testing.inputs import random_weights
@@ -134,6 +144,23 @@ def test_nothing_that_is_not_finite_is_quantised_away(kernels, rng):
     zero = torch.zeros(3)
     h = kernels.product.product(a, w, bias * 0, scales=(zero, w_scale), y_scale_M=zero).float()
     assert h[:, ::2].eq(0).all() and h[:, 1::2].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("op", [feed_forward, feed_forward_fp8, linear, linear_fp8])
+def test_what_is_not_finite_stays_in_its_token(op, bad, rng):
+    tokens = torch.randn(2, 9, 12, generator=rng)
+    w = random_weights(FeedForwardWeights, DIMS, {"D": 12, "F": 40}, generator=rng)
+    tokens[1, 4, 3] = bad
+    given = {
+        feed_forward: (w,),
+        feed_forward_fp8: (quantise_feed_forward(w),),
+        linear: (w.fc1_weight, w.fc1_bias),
+        linear_fp8: (*quantise_rows(w.fc1_weight), w.fc1_bias),
+    }[op]
+    y = op(tokens, *given, backend="triton")
+    assert not y[1, 4].isfinite().any()
+    assert y.isfinite().all(-1).sum() == 2 * 9 - 1
 
 
 def test_a_row_and_a_tile_past_2_31_elements(kernels, monkeypatch, rng):

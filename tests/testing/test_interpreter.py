@@ -47,6 +47,15 @@ def test_casts_are_those_of_torch_bit_for_bit(dtype, rng):
     assert torch.equal(back, out.float())
 
 
+def test_e4m3_keeps_nan_and_saturates_infinity_as_the_gpu_does():
+    """So a kernel has to make NaN of an infinity itself."""
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 449.0, 464.0, 17.0, 19.0, 2**-10])
+    out = torch.empty(len(x), dtype=torch.float8_e4m3fn)
+    cast_kernel[(1,)](x, out, len(x), 8)
+    assert out[0].float().isnan()
+    assert out[1:].float().tolist() == [448, -448, 448, 448, 16, 20, 0]
+
+
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_products_of_narrow_operands_accumulate_in_float32(dtype, rng):
     a, b = (torch.randn(32, 32, generator=rng).to(dtype) for _ in range(2))

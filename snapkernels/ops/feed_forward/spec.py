@@ -7,6 +7,7 @@ from snapkernels.spec import Backend, Case, Fields, Mutant, Sizes, Spec, Tensor
 
 CUDA = "snapkernels.ops.feed_forward.kernels.cuda"
 TRITON = "snapkernels.ops.feed_forward.kernels.triton_backend"
+SASS = {"sm_90": ("HGMMA", "STG.E.128"), "sm_80": ("HMMA", "STG.E.128")}
 TOKENS = {"...": "tokens", "D": "their width"}
 
 
@@ -85,6 +86,7 @@ LINEAR = Spec(
     flops=linear_flops,
     residual="residual",
     compiled_beside=True,
+    sass=SASS,
     backward_reads=("tokens", "weight", "norm_weight"),
 )
 
@@ -175,5 +177,6 @@ FEED_FORWARD = Spec(
     flops=feed_forward_flops,
     residual="tokens",
     compiled_beside=True,
+    sass=SASS,
     backward_reads=("tokens", "weights"),
 )
