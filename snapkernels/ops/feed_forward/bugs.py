@@ -8,6 +8,79 @@ def _triton_bug(name: str, module: str, find: str, replace: str) -> Mutant:
     return Mutant(name=name, backend="triton", module=module, find=find, replace=replace)
 
 
+def _cuda_bug(name: str, file: str, find: str, replace: str) -> Mutant:
+    """A bug of the CUDA backend, in csrc/linear/<file>."""
+    return Mutant(name=name, backend="cuda", file=f"linear/{file}", find=find, replace=replace)
+
+
+_SCALED = "fmaf(sum * row_scales[2 * half + i], scales[j], biases[j])"
+_CUDA = (
+    _cuda_bug("mean left in", "rows.cuh", "x[i][j] -= mean;", ""),
+    _cuda_bug(
+        "no turn to hand sums over",
+        "product.cuh",
+        "if (of.share > 0) take_over(of, sums, done.end);",
+        "",
+    ),
+    _cuda_bug(
+        "residual left out",
+        "product.cuh",
+        "add_pairs(y, residual[group][2 * half + i]);",
+        ";",
+    ),
+)
+_CUDA_BF16 = (
+    *_CUDA,
+    _cuda_bug("bias left out", "product.cuh", ": sum + biases[j];", ": sum;"),
+)
+_CUDA_FP8 = (
+    *_CUDA,
+    _cuda_bug(
+        "bias left out",
+        "product.cuh",
+        _SCALED,
+        "sum * row_scales[2 * half + i] * scales[j]",
+    ),
+    _cuda_bug(
+        "the weights' scale left out",
+        "product.cuh",
+        _SCALED,
+        "fmaf(sum, row_scales[2 * half + i], biases[j])",
+    ),
+    _cuda_bug(
+        "the scale of the token before",
+        "product.cuh",
+        "some ? of.row_scale[row_of(i)] : 1",
+        "some ? of.row_scale[max(row_of(i) - 1, 0)] : 1",
+    ),
+    _cuda_bug(
+        "sums not promoted",
+        "product.cu",
+        "return launch_product<Fp8, kGelu, kPromote>(of, stream);",
+        "return launch_product<Fp8, kGelu, 0>(of, stream);",
+    ),
+)
+_CUDA_HIDDEN = (
+    _cuda_bug(
+        "GELU of the quantised numbers",
+        "product.cuh",
+        "if constexpr (kGelu) y[j] = gelu(y[j]);",
+        "if constexpr (kGelu) y[j] = gelu(y[j] * (kQuantised ? inverses[2 * half + i] : 1)) /"
+        " (kQuantised ? inverses[2 * half + i] : 1);",
+    ),
+    _cuda_bug(
+        "the hidden scale of the token before",
+        "product.cuh",
+        "of.hidden_scale[row_of(i)]",
+        "of.hidden_scale[max(row_of(i) - 1, 0)]",
+    ),
+    _cuda_bug(
+        "a hidden bound that is passed",
+        "rows.cuh",
+        "kLonger = 1.0645f",
+        "kLonger = 0.0645f",
+    ),
+)
 _BIAS = _triton_bug(
     "bias left out", "triton_product", "y_MN = acc_MN + bias_N[None, :]", "y_MN = acc_MN"
 )
@@ -31,6 +104,7 @@ _MISSING_SCALE = _triton_bug(
 )
 
 LINEAR = (
+    *_CUDA_BF16,
     _BIAS,
     _PADDING,
     _triton_bug(
@@ -53,6 +127,8 @@ LINEAR = (
     ),
 )
 FEED_FORWARD = (
+    *_CUDA_BF16,
+    _cuda_bug("GELU left out", "product.cuh", "y[j] = gelu(y[j]);", ";"),
     _BIAS,
     _triton_bug(
         "GELU by sigmoid",
@@ -74,6 +150,7 @@ FEED_FORWARD = (
     ),
 )
 LINEAR_FP8 = (
+    *_CUDA_FP8,
     _BIAS,
     _STALE_SCALE,
     _MISSING_SCALE,
@@ -85,6 +162,8 @@ LINEAR_FP8 = (
     ),
 )
 FEED_FORWARD_FP8 = (
+    *_CUDA_FP8,
+    *_CUDA_HIDDEN,
     _BIAS,
     _STALE_SCALE,
     _MISSING_SCALE,

@@ -82,6 +82,8 @@ def linear_cases() -> tuple[Case, ...]:
         case("bare-tiles", "gpu", (300,), (1024, 768), dtypes=(BF16,)),
         # An accumulator of fewer bits than float32 shows.
         case("long", "gpu", (64,), (2048, 256), dtypes=(BF16,), change=_positive_product),
+        # Few tiles for many multiprocessors, which share out what each is summed over.
+        case("deep", "gpu", (64,), (4096, 256), norm=True, residual=True, dtypes=(BF16,)),
         large("qkv-3.9b", (16, 768), (3072, 9216), norm=True),
         large("out-3.9b", (16, 768), (3072, 3072), residual=True),
         large("qkv-3.9b-b1", (1, 768), (3072, 9216), norm=True),
@@ -125,7 +127,9 @@ def feed_forward_cases(**options: Any) -> tuple[Case, ...]:
         case("ragged-tiles", "gpu", (3, 100), (768, 1536), dtypes=(BF16,)),
         case("many-tiles", "gpu", (513,), (512, 2048), dtypes=(BF16,)),
         # An accumulator of fewer bits than float32 shows.
-        case("long", "gpu", (64,), (256, 4096), dtypes=(BF16,), change=_positive_hidden),
+        case("long", "gpu", (64,), (256, 2048), dtypes=(BF16,), change=_positive_hidden),
+        # Few tiles for many multiprocessors, which share out what each is summed over.
+        case("deep", "gpu", (300,), (256, 4096), dtypes=(BF16,)),
         large("patch-up", (1, 32, 4608), (1024, 4096)),
         large("3.9b", (16, 768), (3072, 12288)),
         large("3.9b-b1", (1, 768), (3072, 12288)),

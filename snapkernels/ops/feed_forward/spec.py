@@ -43,6 +43,7 @@ LINEAR = Spec(
             run=f"{CUDA}:linear",
             differentiable=False,
             refuses=config.cuda_refuses_linear,
+            declines=config.cuda_declines_bf16,
         ),
         Backend(
             name="triton",
@@ -104,6 +105,7 @@ FEED_FORWARD = Spec(
             run=f"{CUDA}:feed_forward",
             differentiable=False,
             refuses=config.cuda_refuses_feed_forward,
+            declines=config.cuda_declines_bf16,
         ),
         Backend(
             name="triton",
