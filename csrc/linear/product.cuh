@@ -397,48 +397,43 @@ __device__ inline void end_tile(const ProductArguments& of, const ProductSums& s
     if constexpr (!kGelu) {
       if (group + kAhead < kGroups) load_residual(group + kAhead);
     }
+    uint32_t words[kRows][4];
 #pragma unroll
-    for (int half = 0; half < kProductHalves; ++half) {
-      // A branch, for a compiler that else has many rows at a time and not the registers.
-      if (row_of(2 * half) >= of.rows) continue;
-      uint32_t words[2][4];
+    for (int part = 0; part < kTogether / 8; ++part) {
+      const uint32_t at = lines + 4 * (group * 4 * kTogether + first + 8 * part);
+      float scales[8], biases[8];
+      if constexpr (kFp8) load_eight(scales, at);
+      load_eight(biases, at + 4 * kProductSlice);
 #pragma unroll
-      for (int part = 0; part < kTogether / 8; ++part) {
-        const uint32_t at = lines + 4 * (group * 4 * kTogether + first + 8 * part);
-        float scales[8], biases[8];
-        if constexpr (kFp8) load_eight(scales, at);
-        load_eight(biases, at + 4 * kProductSlice);
+      for (int i = 0; i < kRows; ++i) {
+        // A branch, for a compiler that else has many rows at a time and not the registers.
+        if (kGelu && i % 2 == 0 && row_of(i) >= of.rows) break;
+        float y[8];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float y[8];
+        for (int j = 0; j < 8; ++j) {
+          const int block = group * kTogether / 2 + part * 4 + j / 2;
+          const float sum = sums[i / 2][block][i % 2 * 2 + j % 2];
+          y[j] = kFp8 ? fmaf(sum * row_scales[i], scales[j], biases[j]) : sum + biases[j];
+          if constexpr (kGelu) y[j] = gelu(y[j]);
+          if constexpr (kQuantised) y[j] *= inverses[i];
+        }
+        if constexpr (kQuantised) {
+          words[i][2 * part] = e4m3_four(y[0], y[1], y[2], y[3]);
+          words[i][2 * part + 1] = e4m3_four(y[4], y[5], y[6], y[7]);
+        } else {
+          if constexpr (!kGelu) add_pairs(y, residual[group][i]);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const int block = group * kTogether / 2 + part * 4 + j / 2;
-            const float sum = sums[half][block][2 * i + j % 2];
-            y[j] = kFp8 ? fmaf(sum * row_scales[2 * half + i], scales[j], biases[j])
-                        : sum + biases[j];
-            if constexpr (kGelu) y[j] = gelu(y[j]);
-            if constexpr (kQuantised) y[j] *= inverses[2 * half + i];
-          }
-          if constexpr (kQuantised) {
-            words[i][2 * part] = e4m3_four(y[0], y[1], y[2], y[3]);
-            words[i][2 * part + 1] = e4m3_four(y[4], y[5], y[6], y[7]);
-          } else {
-            if constexpr (!kGelu) add_pairs(y, residual[group][2 * half + i]);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) words[i][j] = bf16_pair(y[2 * j], y[2 * j + 1]);
-          }
+          for (int j = 0; j < 4; ++j) words[i][j] = bf16_pair(y[2 * j], y[2 * j + 1]);
         }
       }
+    }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (row_of(2 * half + i) < of.rows) {
-          constexpr int kBytes = kQuantised ? 1 : 2;
-          auto* to = static_cast<uint8_t*>(of.out) +
-                     (place + further_on(2 * half + i, group)) * kBytes;
-          *reinterpret_cast<uint4*>(to) =
-              make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
-        }
+    for (int i = 0; i < kRows; ++i) {
+      if (row_of(i) < of.rows) {
+        constexpr int kBytes = kQuantised ? 1 : 2;
+        auto* to = static_cast<uint8_t*>(of.out) + (place + further_on(i, group)) * kBytes;
+        *reinterpret_cast<uint4*>(to) =
+            make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
       }
     }
   }
