@@ -9,7 +9,7 @@ from torch import nn
 
 from snapkernels.modules_fp8 import Fp8Module
 from snapkernels.testing.numerics import relative_rms
-from snapvideo_core import FIT, Conditioning
+from snapvideo_core import FIT, Conditioning, FITConfig
 from snapvideo_core.diffusion import Network
 
 # Relative rms error of F against float64. In bf16 the paper's three models land at 6e-3 to 8e-3 on
@@ -17,9 +17,11 @@ from snapvideo_core.diffusion import Network
 # seeded bug of tests/bench/test_gate.py, one key of each group dropped, lands at 1.9e-2.
 LIMITS = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
-# Of a quantised model, times plain fp8's error: where a scale lies within its octave decides the
-# last hundredth. And at most: at random weights plain fp8 lands at 4.5e-2 (3.9b) to 7.3e-2 (mini).
-QUANTISED_RATIO, QUANTISED_LIMIT = 1.02, 0.1
+# Of a quantised model, times plain fp8's error, over several videos: of a single one the errors of
+# two that round equally well differ by up to 4 % on a GPU. And at most: at random weights plain fp8
+# lands at 4.5e-2 (3.9b) to 8.5e-2.
+QUANTISED_RATIO, QUANTISED_LIMIT = 1.03, 0.1
+QUANTISED_VIDEOS, QUANTISED_TOKENS = 16, 2**19  # at most, but one video at least
 
 # Parameters of stem and head, which the model hands to a function: small, and no sublayers.
 ENDS = ("stem", "stem_norm", "head_norm", "head")
@@ -71,6 +73,13 @@ def expected_output(model: FIT, inputs: Inputs) -> torch.Tensor:
     x, sigma, cond, previous = inputs
     with float64_reference(model):
         return output(model, Inputs(x.double(), sigma.double(), cond, previous.double()))
+
+
+def gate_videos(config: FITConfig) -> int:
+    """How many videos a quantised model is judged by."""
+    return max(
+        1, min(QUANTISED_VIDEOS, QUANTISED_TOKENS // (config.num_groups * config.group_tokens))
+    )
 
 
 def plain_error(model: FIT, inputs: Inputs, expected: torch.Tensor) -> float:

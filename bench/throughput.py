@@ -20,6 +20,7 @@ from gate import (
     QUANTISED_RATIO,
     Inputs,
     expected_output,
+    gate_videos,
     judged,
     plain_error,
 )
@@ -208,11 +209,13 @@ def bench_preset(
 def prepare(model: FIT, options: Options) -> tuple[str, dict[str, float]]:
     """Make of `model` what is to be timed, and hold it against the float64 equations.
 
-    Those are of the weights as they were built, on one video of the bench's own input, with latents
-    of an earlier evaluation. A quantised model may be off by what plain fp8 is.
+    Those are of the weights as they were built, on one video of the bench's own input (of a
+    quantised model on several), with latents of an earlier evaluation. A quantised model may be off
+    by what plain fp8 is.
     """
     model.eval()
-    data = load_batch(options.clip, model.config, 1, options.framerate, options.device)
+    videos = gate_videos(model.config) if options.quantised else 1
+    data = load_batch(options.clip, model.config, videos, options.framerate, options.device)
     diffusion = SnapDiffusion(sigma_in=model.config.sigma_in)
     x = diffusion.network_input(data.x_sigma, data.sigma)
     with torch.no_grad():

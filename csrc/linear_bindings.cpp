@@ -93,6 +93,7 @@ void linear_fp8(Tensor tokens, Tensor weight, Tensor weight_scale, Tensor bias,
   rows.scale = call.fp32("scale", scale, call.rows);
   auto product = call.product("bias", bias, call.width, 1);
   product.a = rows.out;
+  product.centred = norm_weight.has_value();
   product.row_scale = rows.scale;
   product.weight = call.fp8("weight", weight, product.columns * call.width);
   product.column_scale = call.fp32("weight_scale", weight_scale, product.columns);
@@ -143,6 +144,7 @@ void feed_forward_fp8(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tenso
   auto first = call.product("fc1_bias", fc1_bias, call.width, 1);
   const int64_t numbers = static_cast<int64_t>(first.columns) * call.width;
   first.a = rows.out;
+  first.centred = true;
   first.row_scale = rows.scale;
   first.hidden_scale = rows.hidden_scale;
   first.weight = call.fp8("fc1_weight", fc1_weight, numbers);

@@ -245,6 +245,8 @@ class Spec:
         limit: relative error that its eager backend may have, where more is asked of its dtype
             than the recipe can give.
         slack: times eager's error that another backend may have, from a call's sizes.
+        negligible: an error that is as good as none beside the recipe's own: where its roundings
+            cancel, eager's is no measure.
         residual: the input that the op adds its branch to; errors are measured on the branch, or
             whole where a call leaves it out.
         moves: its time is that of moving its bytes, so a copy of them is timed beside it.
@@ -280,6 +282,7 @@ class Spec:
     exact: bool = False
     limit: float | None = None
     slack: Callable[[Sizes], float] = lambda sizes: 1.0
+    negligible: float = 0.0
     residual: str | None = None
     moves: bool = False
     compiled_beside: bool = False

@@ -42,7 +42,8 @@ struct ProductArguments {
   float4* parts;              // (blocks, kProductPart): where tiles may be split by their depth,
   int* flags;                 // (blocks, 2), zeros before and after; or null
   int rows, columns, depth;
-  int share;  // of a cluster, in units of a tile, where tiles are split
+  int share;     // of a cluster, in units of a tile, where tiles are split
+  bool centred;  // `a` is of a LayerNorm
 };
 
 constexpr int kProductPart = 256 * 128 / 4;  // sums of a block, in fours

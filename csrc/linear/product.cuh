@@ -5,7 +5,7 @@
 // each copies half of the rows for both. Rows of the weight come in the order in which a lane's
 // accumulators are columns that follow each other, so it stores 16 bytes at a time.
 //
-// Sums of e4m3 are kept to some 14 bits by the tensor cores, each addend cut to the largest's: over
+// Sums of e4m3 are kept to some 14 bits by the tensor cores, each addend cut to the sum's last: over
 // a long depth that is an error of its own. So after kPromote stages of 128 bytes they are added to
 // sums in float32 and begin anew; one warpgroup does that while the other multiplies. With 0 they
 // are not, which suffices for bfloat16.

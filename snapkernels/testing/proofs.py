@@ -225,9 +225,8 @@ def _hold(
     limit = spec.limit or LIMITS[dtype]
     if others:
         eager, rounded = others
-        limit = min(
-            limit, max(spec.slack(spec.check(*call)) * eager, AS_GOOD[rounded_to] * rounded)
-        )
+        as_eager = spec.slack(spec.check(*call)) * eager
+        limit = min(limit, max(as_eager, AS_GOOD[rounded_to] * rounded, spec.negligible))
     if not error <= limit:
         kind = NearError if error <= NEAR * limit else WrongError
         raise kind(f"relative rms error {error:.2e}, limit {limit:.2e}")

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from gate import QUANTISED_LIMIT, QUANTISED_RATIO, Inputs, expected_output, judged, plain_error
+from gate import (
+    QUANTISED_LIMIT,
+    QUANTISED_RATIO,
+    Inputs,
+    expected_output,
+    gate_videos,
+    judged,
+    plain_error,
+)
 from throughput import CLIP
 from workload import build_model, load_batch
 
@@ -16,7 +24,7 @@ pytestmark = pytest.mark.gpu
 def test_an_fp8_model_is_as_good_as_plain_fp8(preset, gpu):
     config = PRESETS[preset]
     model = build_model(config, gpu, torch.bfloat16, None).eval()
-    data = load_batch(CLIP, config, 1, 24.0, gpu)
+    data = load_batch(CLIP, config, gate_videos(config), 24.0, gpu)
     x = SnapDiffusion(sigma_in=config.sigma_in).network_input(data.x_sigma, data.sigma)
     with torch.no_grad():
         _, previous = model(x, data.sigma, data.cond)

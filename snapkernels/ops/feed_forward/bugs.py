@@ -13,7 +13,7 @@ def _cuda_bug(name: str, file: str, find: str, replace: str) -> Mutant:
     return Mutant(name=name, backend="cuda", file=f"linear/{file}", find=find, replace=replace)
 
 
-_SCALED = "fmaf(sum * row_scales[2 * half + i], scales[j], biases[j])"
+_SCALED = "fmaf(sum * row_scales[i], scales[j], biases[j])"
 _CUDA = (
     _cuda_bug("mean left in", "rows.cuh", "x[i][j] -= mean;", ""),
     _cuda_bug(
@@ -25,7 +25,7 @@ _CUDA = (
     _cuda_bug(
         "residual left out",
         "product.cuh",
-        "add_pairs(y, residual[group][2 * half + i]);",
+        "add_pairs(y, residual[group][i]);",
         ";",
     ),
 )
@@ -39,13 +39,13 @@ _CUDA_FP8 = (
         "bias left out",
         "product.cuh",
         _SCALED,
-        "sum * row_scales[2 * half + i] * scales[j]",
+        "sum * row_scales[i] * scales[j]",
     ),
     _cuda_bug(
         "the weights' scale left out",
         "product.cuh",
         _SCALED,
-        "fmaf(sum, row_scales[2 * half + i], biases[j])",
+        "fmaf(sum, row_scales[i], biases[j])",
     ),
     _cuda_bug(
         "the scale of the token before",
@@ -65,8 +65,8 @@ _CUDA_HIDDEN = (
         "GELU of the quantised numbers",
         "product.cuh",
         "if constexpr (kGelu) y[j] = gelu(y[j]);",
-        "if constexpr (kGelu) y[j] = gelu(y[j] * (kQuantised ? inverses[2 * half + i] : 1)) /"
-        " (kQuantised ? inverses[2 * half + i] : 1);",
+        "if constexpr (kGelu) y[j] = gelu(y[j] * (kQuantised ? inverses[i] : 1)) /"
+        " (kQuantised ? inverses[i] : 1);",
     ),
     _cuda_bug(
         "the hidden scale of the token before",

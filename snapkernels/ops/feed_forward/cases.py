@@ -82,6 +82,7 @@ def linear_cases() -> tuple[Case, ...]:
         case("bare-tiles", "gpu", (300,), (1024, 768), dtypes=(BF16,)),
         # An accumulator of fewer bits than float32 shows.
         case("long", "gpu", (64,), (2048, 256), dtypes=(BF16,), change=_positive_product),
+        case("positive", "gpu", (64,), (1024, 256), dtypes=(BF16,), change=_positive_product),
         # Few tiles for many multiprocessors, which share out what each is summed over.
         case("deep", "gpu", (64,), (4096, 256), norm=True, residual=True, dtypes=(BF16,)),
         large("qkv-3.9b", (16, 768), (3072, 9216), norm=True),

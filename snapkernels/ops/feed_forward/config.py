@@ -33,8 +33,8 @@ CUDA_DEPTH = 256  # bytes of what is summed over: two stages, after which sums o
 CUDA_WIDTH = 256  # of a token that is normed or quantised: a warp's 32 lanes have 8 elements each
 CUDA_MOST_WIDTH = 4096  # which a warp's registers hold
 CUDA_MOST_TOKENS = 2**31 - 257  # rows are counted in ints; a tile has 256
-# Below it cuBLAS and separate passes are faster. A sublayer 3072 and 12288 wide, on an H200: 0.18 ms
-# against 0.21 with 768 tokens, 0.75 against 0.81 with 3072, 3.06 against 2.81 with 12288.
+# Below it cuBLAS and separate passes are faster. A sublayer 3072 and 12288 wide, on an H200: 0.18
+# ms against 0.21 with 768 tokens, 0.75 against 0.81 with 3072, 3.06 against 2.81 with 12288.
 CUDA_LEAST_TOKENS = 8192
 CUDA_PART = 256 * 128  # sums of a block, a tile of a product
 VECTOR = 16  # bytes of one load

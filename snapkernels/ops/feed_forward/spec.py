@@ -85,6 +85,8 @@ LINEAR = Spec(
         *bugs.LINEAR,
     ),
     flops=linear_flops,
+    # Backends round the normed tokens and the result as eager does: who is nearer is luck.
+    slack=lambda sizes: 1.01,
     residual="residual",
     compiled_beside=True,
     sass=SASS,
