@@ -27,8 +27,8 @@ from snapkernels.spec import Backend, Fields, Made, Mutant, Sizes, Spec, Tensor
 # Rounding to e4m3 is off by 2.6 % rms, which the sublayer does twice: eager is off by 2.5 to 4.5 %.
 LIMIT = 6e-2
 SLACK = 1.02  # where a row's scale lies between two powers of two decides the rest
-# bfloat16's last place. In sums of one sign the roundings of e4m3 cancel and eager is off by half of
-# that: its sums are promoted every 128 of K, those of csrc/linear every 256, which lose 0.2 %.
+# bfloat16's last place. In sums of one sign the roundings of e4m3 cancel, and eager is off by half
+# of that: its sums are promoted every 128 of K, those of csrc/linear every 256, which lose 0.2 %.
 NEGLIGIBLE = 2.0**-8
 SASS = {"sm_90": ("QGMMA", "STG.E.128"), "sm_89": ("QMMA", "STG.E.128")}  # sm_80 has no e4m3
 
