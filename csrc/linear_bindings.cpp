@@ -23,7 +23,8 @@ struct LinearCall {
   LinearCall(const char* op, const Tensor& tokens, const Tensor& parts, const Tensor& flags,
              double eps)
       : op(op), tokens(tokens), eps(eps), num_flags(flags.numel()) {
-    STD_TORCH_CHECK(tokens.dim() == 2 && rows <= INT32_MAX - 256, op, ": ", rows, " tokens");
+    STD_TORCH_CHECK(tokens.dim() == 2 && rows <= snapkernels::kRowsCount, op, ": ", rows,
+                    " tokens");
     bf16("tokens", tokens, rows * width);
     int blocks;
     check_launch(op, snapkernels::product_blocks(&blocks));

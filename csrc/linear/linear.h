@@ -25,6 +25,7 @@ struct RowsArguments {
 
 constexpr int kRowsWidths = 256;    // widths are multiples of it, and at most
 constexpr int kRowsMost = 16 * 256;
+constexpr int64_t kRowsCount = 1 << 26;  // at most: units of all tiles are counted in an int
 
 cudaError_t quantise_rows(const RowsArguments& given, cudaStream_t stream);
 cudaError_t normalise_rows(const RowsArguments& given, cudaStream_t stream);

@@ -32,7 +32,7 @@ CUDA_COLUMNS = 256  # of a product: two blocks of a cluster have half each
 CUDA_DEPTH = 256  # bytes of what is summed over: two stages, after which sums of e4m3 are promoted
 CUDA_WIDTH = 256  # of a token that is normed or quantised: a warp's 32 lanes have 8 elements each
 CUDA_MOST_WIDTH = 4096  # which a warp's registers hold
-CUDA_MOST_TOKENS = 2**31 - 257  # rows are counted in ints; a tile has 256
+CUDA_MOST_TOKENS = 2**26  # the stages of all tiles are counted in an int
 # Below it cuBLAS and separate passes are faster. A sublayer 3072 and 12288 wide, on an H200: 0.18
 # ms against 0.21 with 768 tokens, 0.75 against 0.81 with 3072, 3.06 against 2.81 with 12288.
 CUDA_LEAST_TOKENS = 8192
