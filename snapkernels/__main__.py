@@ -3,7 +3,7 @@
 list     the ops, their backends and cases, and the environment variables
 explain  which backend would run a case here, why not another, and what it must cost
 check    prove what this machine can, and say what it could not; --stamp keeps the result
-bench    time the paper's cases, or those named, beside a copy and eager PyTorch
+bench    time the paper's cases, or those named, beside eager PyTorch, a copy and peers
 """
 
 import argparse
@@ -96,16 +96,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     device = _device()
-    tier = "paper" if device.type == "cuda" else "cpu"
-    named = [
-        (op, case)
-        for op in OPS.values()
-        for case in op.spec.cases
-        if args.case in op.spec.case_id(case, "fwd")
-    ]
-    chosen = [(op, case) for op, case in named if case.tier == tier] or named
-    if not chosen:
-        raise ValueError(f"no case has {args.case!r} in its name; list has them all")
+    chosen = _chosen(args.case, "paper" if device.type == "cuda" else "cpu")
     load = Load(device)
     print("measuring the ceilings", file=sys.stderr)
     ceilings = roofline.measure_ceilings(device)
@@ -128,9 +119,24 @@ def _bench(args: argparse.Namespace) -> int:
             rows.append(_overhead_row(op, case, backend, device))
             print(_line(rows[-1]), flush=True)
     if args.json:
-        command = "python -m snapkernels bench" + f" --case {args.case}" * bool(args.case)
+        command = "python -m snapkernels bench"
+        if args.case != [""]:
+            command += f" --case {' '.join(args.case)}"
         record.write(record.new_record(command, device, load.fields(), ceilings, rows), args.json)
     return int(any(row["gate"] != "ok" for row in rows if "peer" not in row))
+
+
+def _chosen(parts: list[str], tier: str) -> list[tuple[Op, Case]]:
+    """The cases with one of `parts` in their name: of each part those of `tier`, if it has any."""
+    listed = [(op, case) for op in OPS.values() for case in op.spec.cases]
+    tiers = {op.spec.case_id(case, "fwd"): case.tier for op, case in listed}
+    chosen: set[str] = set()
+    for part in parts:
+        named = {name for name in tiers if part in name}
+        if not named:
+            raise ValueError(f"no case has {part!r} in its name; list has them all")
+        chosen |= {name for name in named if tiers[name] == tier} or named
+    return [(op, case) for op, case in listed if op.spec.case_id(case, "fwd") in chosen]
 
 
 def _overhead_row(op: Op, case: Case, backend: Backend, device: torch.device) -> dict[str, Any]:
@@ -199,7 +205,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.set_defaults(run=_check)
     timing = commands.add_parser("bench", help="time cases")
-    timing.add_argument("--case", default="", help="cases with this in their name")
+    timing.add_argument(
+        "--case",
+        nargs="+",
+        default=[""],
+        metavar="PART",
+        help="cases with this in their name; several allowed",
+    )
     timing.add_argument("--rounds", type=_positive, default=30, help="samples of each variant (30)")
     timing.add_argument(
         "--json", type=record.record_path, help="write the figures as a record to this file"

@@ -1,5 +1,7 @@
 """The timing tools on a GPU."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -43,3 +45,20 @@ def test_forward_and_backward_are_timed_with_what_is_kept_between(name, gpu):
     assert {"cuda-bf16", "triton-bf16", "eager-bf16", "compile-bf16"} <= timed.keys()
     assert all(row["saved_gib"] > 0 and row["value"] > 0 for row in timed.values())
     assert timed["cuda-bf16"]["saved_gib"] < timed["eager-bf16"]["saved_gib"]
+
+
+@pytest.mark.parametrize("name", ["linear_fp8", "feed_forward_fp8"])
+def test_fp8_is_timed_beside_its_peers(name, gpu):
+    """Each has a time, or the reason why it has none."""
+    op = OPS[name]
+    case = next(case for case in op.spec.cases if case.name == "ragged-tiles")
+    ceilings = {"copy_tb_s": 3.0, "bf16_tflop_s": 700.0, "fp8_tflop_s": 1400.0}
+    rows = bench(op, case, "fwd", torch.bfloat16, gpu, ceilings, rounds=3)
+    gates = {row["variant"].removesuffix("-bf16"): row["gate"] for row in rows}
+    absent = {"transformer-engine": gates.pop("transformer-engine")}
+    if importlib.util.find_spec("torchao") is None:
+        absent["torchao"] = gates.pop("torchao")
+    assert all(" is absent: " in gate for gate in absent.values())
+    names = ["cuda", "triton", "eager", "compile", "torchao"]
+    assert gates == {name: "ok" for name in names if name not in absent}
+    assert len({row["floor"] for row in rows if row["gate"] == "ok"}) == 1

@@ -117,6 +117,42 @@ def test_bench_times_a_sublayer_forward_backward_and_both(tmp_path, monkeypatch)
     assert list(timed) == [f"{case}/{what}" for what in ("fwd", "bwd", "fwd_bwd", "call")]
 
 
+def test_bench_times_fp8_forward_alone_and_several_cases_in_one_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ceilings = {"copy_tb_s": 10.0, "bf16_tflop_s": 1e-5, "fp8_tflop_s": 2e-5}
+    monkeypatch.setattr(command.roofline, "measure_ceilings", lambda device: ceilings)
+    target = tmp_path / "record.json"
+    parts = ["layer/feed_forward_fp8/one-token", "/linear_fp8/one"]
+    arguments = ["bench", "--case", *parts, "--rounds", "1", "--json", str(target)]
+    assert command.main(arguments) == 0
+    written = json.loads(target.read_text())
+    assert record.problems(written) == []
+    assert written["command"] == f"python -m snapkernels bench --case {' '.join(parts)}"
+    names = [f"layer/{op}/one-token" for op in ("linear_fp8", "feed_forward_fp8")]
+    assert {row["case"] for row in written["rows"]} == {
+        f"{name}/{what}" for name in names for what in ("fwd", "call")
+    }
+    # 4 M D F operations at the rate of e4m3 products.
+    floor = 4 * 24 * 96 / 2e7 * 1e3
+    eager = next(row for row in written["rows"] if row["case"] == f"{names[1]}/fwd")
+    assert eager["variant"] == "eager-bf16" and eager["floor"] == pytest.approx(floor)
+    assert eager["pct_of_floor"] == pytest.approx(100 * floor / eager["value"], abs=0.06)
+
+
+def test_each_part_of_a_case_chooses_what_its_machine_times():
+    def chosen(*parts, tier="paper"):
+        return {op.spec.case_id(case, "fwd") for op, case in command._chosen([*parts], tier)}
+
+    up, small = "layer/feed_forward_fp8/patch-up/fwd", "layer/linear_fp8/odd/fwd"
+    assert chosen("feed_forward_fp8/patch-up", "linear_fp8/odd") == {up, small}
+    both = chosen("layer/feed_forward")
+    assert {up, "layer/feed_forward/3.9b/fwd"} < both
+    assert "layer/feed_forward_fp8/odd/fwd" not in both
+    assert chosen("fp8/") <= chosen("") and small in chosen("fp8/", tier="cpu")
+    with pytest.raises(ValueError, match="no case has 'gone' in its name"):
+        chosen("fp8", "gone")
+
+
 @pytest.mark.parametrize(("more", "code"), [({"peer": True}, 0), ({}, 1)])
 def test_a_red_peer_is_not_our_failure(more, code, monkeypatch, capsys):
     def rows(op, case, direction, *_, **__):

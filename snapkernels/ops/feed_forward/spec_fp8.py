@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from snapkernels.ops.feed_forward import bugs, config, eager_fp8, reference
+from snapkernels.ops.feed_forward import bugs, config, eager_fp8, peers, reference
 from snapkernels.ops.feed_forward.cases import feed_forward_cases, linear_cases
 from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
 from snapkernels.ops.feed_forward.spec import (
@@ -125,6 +125,7 @@ LINEAR_FP8 = Spec(
     slack=lambda sizes: SLACK,
     residual="residual",
     compiled_beside=True,
+    peers=peers.LINEAR_FP8,
 )
 
 FEED_FORWARD_FP8 = Spec(
@@ -180,4 +181,5 @@ FEED_FORWARD_FP8 = Spec(
     slack=_slack_of_a_bound,
     residual="tokens",
     compiled_beside=True,
+    peers=peers.FEED_FORWARD_FP8,
 )
