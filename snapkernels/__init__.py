@@ -1,7 +1,12 @@
 """SnapKernels: the ops of Snap Video's FIT transformers, as drop-ins for any PyTorch model."""
 
 from snapkernels.modules import FeedForward, GroupRead, GroupWrite, LatentAttention
-from snapkernels.modules_fp8 import Fp8FeedForward, Fp8LatentAttention
+from snapkernels.modules_fp8 import (
+    Fp8FeedForward,
+    Fp8GroupRead,
+    Fp8GroupWrite,
+    Fp8LatentAttention,
+)
 from snapkernels.ops.feed_forward.op import feed_forward, feed_forward_fp8, linear, linear_fp8
 from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
 from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForwardWeights
@@ -24,6 +29,8 @@ __all__ = [
     "FeedForwardWeights",
     "Fp8FeedForward",
     "Fp8FeedForwardWeights",
+    "Fp8GroupRead",
+    "Fp8GroupWrite",
     "Fp8LatentAttention",
     "GroupRead",
     "GroupWrite",

@@ -8,6 +8,7 @@ from torch import nn
 
 from snapkernels.ops.feed_forward.op import feed_forward
 from snapkernels.ops.feed_forward.weights import FeedForwardWeights
+from snapkernels.ops.group_attn.cost import Sizes, absorbs_read, absorbs_write
 from snapkernels.ops.group_attn.op import group_read, group_write
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 from snapkernels.ops.latent_attn.op import latent_attention
@@ -20,19 +21,46 @@ class _CrossAttention(nn.Module):
     """Parameters of one cross-attention: queries of width `q_dim`, keys and values of `kv_dim`.
 
     The inner width is the smaller of the two, as in RIN and FIT.
+
+    Args:
+        q_dim, kv_dim: widths of the tokens.
+        head_dim: width of a head.
+        group: numbers of latent tokens and of patch tokens of a group, if they are known.
+        backend: of the op, None for the default.
+
+    Attributes:
+        absorbs: whether folding the projections into the attention is the less work in such
+            groups, by the operations in `ops/group_attn/cost.py`; False where they are not known.
+            It changes no call, each is counted by itself: `quantise` leaves such a layer alone.
     """
 
-    def __init__(self, q_dim: int, kv_dim: int, head_dim: int, *, backend: str | None = None):
+    def __init__(
+        self,
+        q_dim: int,
+        kv_dim: int,
+        head_dim: int,
+        *,
+        group: tuple[int, int] | None = None,
+        backend: str | None = None,
+    ):
         super().__init__()
         inner = min(q_dim, kv_dim)
         self.num_heads = _heads(f"min({q_dim=}, {kv_dim=})", inner, head_dim)
         self.backend = backend
+        self.absorbs = False
+        if group is not None:
+            sizes = {"D": q_dim, "C": kv_dim, "I": inner, "num_heads": self.num_heads}
+            sizes["L"], sizes["N"] = group
+            self.absorbs = self._absorbs(sizes)
         self.q_norm = nn.LayerNorm(q_dim, eps=EPS)
         self.kv_norm = nn.LayerNorm(kv_dim, eps=EPS)
         self.q = nn.Linear(q_dim, inner)
         self.k = nn.Linear(kv_dim, inner)
         self.v = nn.Linear(kv_dim, inner)
         self.o = nn.Linear(inner, q_dim)
+
+    def _absorbs(self, sizes: Sizes) -> bool:
+        raise NotImplementedError
 
     def weights(self) -> CrossAttentionWeights:
         """The parameters as the ops take them."""
@@ -42,6 +70,9 @@ class _CrossAttention(nn.Module):
 
 class GroupRead(_CrossAttention):
     """`group_read` with its parameters: latents of `q_dim` read tokens of `kv_dim`."""
+
+    def _absorbs(self, sizes: Sizes) -> bool:
+        return absorbs_read(sizes)
 
     def forward(
         self, latents: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
@@ -60,6 +91,9 @@ class GroupRead(_CrossAttention):
 
 class GroupWrite(_CrossAttention):
     """`group_write` with its parameters: latents of `kv_dim` update patches of `q_dim`."""
+
+    def _absorbs(self, sizes: Sizes) -> bool:
+        return absorbs_write(sizes)
 
     def forward(self, patches: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """(B, G, N, q_dim) and (B, G, L, kv_dim) -> (B, G, N, q_dim)."""

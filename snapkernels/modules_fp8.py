@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from snapkernels.modules import EPS, FeedForward, LatentAttention
+from snapkernels.modules import EPS, FeedForward, GroupRead, GroupWrite, LatentAttention
 from snapkernels.ops.feed_forward.op import feed_forward_fp8, linear_fp8
 from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
 from snapkernels.ops.feed_forward.weights import FP8_DTYPES, Fp8FeedForwardWeights
+from snapkernels.ops.group_attn.eager import attended
 
 # What these modules compute, in the words that `Recipe` has for it.
 E4M3_ROWS = "e4m3, a scale a row: its largest magnitude / 448"
@@ -64,57 +65,135 @@ class Fp8FeedForward(Fp8Module):
         return feed_forward_fp8(tokens, self.weights(), eps=EPS, backend=self.backend)
 
 
-class Fp8LatentAttention(Fp8Module):
-    """A `LatentAttention` with its projections in fp8, q, k and v as one; the core as it was."""
+class _Fp8Attention(Fp8Module):
+    """An attention whose projections are fp8; its core multiplies no weights and stays as it was.
 
-    fixed = ("qkv_weight", "qkv_scale", "o_weight", "o_scale")
+    A projection called q has its numbers in q_weight, q_scale and q_bias.
+    """
+
     formats: ClassVar = {"weights": E4M3_ROWS, "inputs": E4M3_ROWS}
 
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor
-    qkv_weight: torch.Tensor
-    qkv_scale: torch.Tensor
-    qkv_bias: torch.Tensor
-    o_weight: torch.Tensor
-    o_scale: torch.Tensor
-    o_bias: torch.Tensor
+    def _keep_projection(self, name: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        rows, scale = quantise_rows(weight)
+        self.register_buffer(f"{name}_weight", rows)
+        self.register_buffer(f"{name}_scale", scale)
+        self.register_buffer(f"{name}_bias", bias.detach())
+
+    def _keep_norm(self, name: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self.register_buffer(f"{name}_weight", weight.detach())
+        self.register_buffer(f"{name}_bias", bias.detach())
+
+    def _project(
+        self,
+        name: str,
+        tokens: torch.Tensor,
+        *,
+        norm: str | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The projection `name` of the tokens, after the LayerNorm `norm` and to the residual."""
+        return linear_fp8(
+            tokens,
+            getattr(self, f"{name}_weight"),
+            getattr(self, f"{name}_scale"),
+            getattr(self, f"{name}_bias"),
+            norm_weight=getattr(self, f"{norm}_weight") if norm else None,
+            norm_bias=getattr(self, f"{norm}_bias") if norm else None,
+            residual=residual,
+            eps=EPS,
+            backend=self.backend,
+        )
+
+
+class Fp8LatentAttention(_Fp8Attention):
+    """A `LatentAttention` with its projections in fp8, q, k and v as one."""
+
+    fixed = ("qkv_weight", "qkv_scale", "o_weight", "o_scale")
 
     def __init__(self, layer: LatentAttention):
         super().__init__()
         self.num_heads = layer.num_heads
         self.backend = layer.backend
         w = layer.weights()
-        stacked = torch.cat([w.q_weight, w.k_weight, w.v_weight]).detach()
-        biases = torch.cat([w.q_bias, w.k_bias, w.v_bias]).detach()
-        for name, weight, bias in (("qkv", stacked, biases), ("o", w.o_weight, w.o_bias.detach())):
-            rows, scale = quantise_rows(weight)
-            self.register_buffer(f"{name}_weight", rows)
-            self.register_buffer(f"{name}_scale", scale)
-            self.register_buffer(f"{name}_bias", bias)
-        self.register_buffer("norm_weight", w.norm_weight.detach())
-        self.register_buffer("norm_bias", w.norm_bias.detach())
+        self._keep_norm("norm", w.norm_weight, w.norm_bias)
+        self._keep_projection(
+            "qkv",
+            torch.cat([w.q_weight, w.k_weight, w.v_weight]),
+            torch.cat([w.q_bias, w.k_bias, w.v_bias]),
+        )
+        self._keep_projection("o", w.o_weight, w.o_bias)
 
     def forward(self, latents_BLD: torch.Tensor) -> torch.Tensor:
         """(B, L, dim) -> (B, L, dim)."""
-        qkv = linear_fp8(
-            latents_BLD,
-            self.qkv_weight,
-            self.qkv_scale,
-            self.qkv_bias,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-            eps=EPS,
-            backend=self.backend,
-        )
+        qkv = self._project("qkv", latents_BLD, norm="norm")
         # (B, H, L, E) views: E dimensions of each of H heads.
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         context_BHLE = scaled_dot_product_attention(q, k, v)
-        return linear_fp8(
-            context_BHLE.transpose(1, 2).flatten(2),
-            self.o_weight,
-            self.o_scale,
-            self.o_bias,
-            residual=latents_BLD,
-            eps=EPS,
-            backend=self.backend,
+        return self._project("o", context_BHLE.transpose(1, 2).flatten(2), residual=latents_BLD)
+
+
+class _Fp8CrossAttention(_Fp8Attention):
+    """A cross-attention with its projections in fp8, k and v as one."""
+
+    fixed = ("q_weight", "q_scale", "kv_weight", "kv_scale", "o_weight", "o_scale")
+
+    def __init__(self, layer: GroupRead | GroupWrite):
+        super().__init__()
+        self.num_heads = layer.num_heads
+        self.backend = layer.backend
+        w = layer.weights()
+        self._keep_norm("q_norm", w.q_norm_weight, w.q_norm_bias)
+        self._keep_norm("kv_norm", w.kv_norm_weight, w.kv_norm_bias)
+        self._keep_projection("q", w.q_weight, w.q_bias)
+        self._keep_projection(
+            "kv", torch.cat([w.k_weight, w.v_weight]), torch.cat([w.k_bias, w.v_bias])
         )
+        self._keep_projection("o", w.o_weight, w.o_bias)
+
+    def _updated(
+        self, q_tokens: torch.Tensor, kv_tokens: torch.Tensor, mask_BGK: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, G, Q, q_dim) and (B, G, K, kv_dim) -> (B, G, Q, q_dim)."""
+        self._check(q_tokens, kv_tokens, mask_BGK)
+        q_BGQI = self._project("q", q_tokens, norm="q_norm")
+        k_BGKI, v_BGKI = self._project("kv", kv_tokens, norm="kv_norm").chunk(2, -1)
+        context_BGQI = attended(q_BGQI, k_BGKI, v_BGKI, mask_BGK, self.num_heads)
+        return self._project("o", context_BGQI, residual=q_tokens)
+
+    def _check(
+        self, q_tokens: torch.Tensor, kv_tokens: torch.Tensor, mask: torch.Tensor | None
+    ) -> None:
+        """What the projections do not see: that the groups are the same, and the mask is theirs."""
+        groups, what = q_tokens.shape[:2], type(self).__name__
+        if q_tokens.dim() != 4 or kv_tokens.dim() != 4 or kv_tokens.shape[:2] != groups:
+            got = f"{tuple(q_tokens.shape)} and {tuple(kv_tokens.shape)}"
+            raise ValueError(f"{what}: tokens must be (B, G, ..., dim) of the same B, G, got {got}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != kv_tokens.shape[:3]):
+            wanted, got = tuple(kv_tokens.shape[:3]), f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"{what}: mask must be torch.bool {wanted}, got {got}")
+
+
+class Fp8GroupRead(_Fp8CrossAttention):
+    """A `GroupRead` with its projections in fp8, k and v as one; attention by SDPA."""
+
+    def forward(
+        self, latents: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, G, L, q_dim), (B, G, N, kv_dim) and a (B, G, N) bool mask -> (B, G, L, q_dim).
+
+        Raises:
+            ValueError: as `group_read` does.
+        """
+        return self._updated(latents, tokens, mask)
+
+
+class Fp8GroupWrite(_Fp8CrossAttention):
+    """A `GroupWrite` with its projections in fp8, k and v as one; attention by SDPA."""
+
+    def forward(self, patches: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """(B, G, N, q_dim) and (B, G, L, kv_dim) -> (B, G, N, q_dim).
+
+        Raises:
+            ValueError: as `group_write` does.
+        """
+        return self._updated(patches, latents, None)

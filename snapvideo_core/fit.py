@@ -176,9 +176,10 @@ class FITBlock(nn.Module):
         z_dim, x_dim, c_dim = config.latent_dim, config.patch_dim, config.cond_dim
         head_dim, ratio = config.patch_head_dim, config.ff_ratio
         self.num_groups = config.num_groups
+        group = config.num_latents // config.num_groups, config.group_tokens
         self.cond_read = GroupRead(z_dim, c_dim, head_dim, backend=backend)
         self.cond_ff = FeedForward(z_dim, ratio=ratio, backend=backend)
-        self.read = GroupRead(z_dim, x_dim, head_dim, backend=backend)
+        self.read = GroupRead(z_dim, x_dim, head_dim, group=group, backend=backend)
         self.read_ff = FeedForward(z_dim, ratio=ratio, backend=backend)
         self.global_layers = nn.ModuleList(
             nn.Sequential(
@@ -187,7 +188,7 @@ class FITBlock(nn.Module):
             )
             for _ in range(config.global_layers)
         )
-        self.write = GroupWrite(x_dim, z_dim, head_dim, backend=backend)
+        self.write = GroupWrite(x_dim, z_dim, head_dim, group=group, backend=backend)
         self.write_ff = FeedForward(x_dim, ratio=ratio, backend=backend)
 
     def forward(

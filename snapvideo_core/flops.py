@@ -3,16 +3,26 @@
 Multiply-adds count as two operations; matrix products and attention only, as in the paper's graph.
 """
 
+from fnmatch import fnmatchcase
+
 from snapkernels import Recipe
 from snapvideo_core.config import FITConfig
 
 # Training is the self-conditioning pass, the forward pass, and a backward pass of two forwards.
 TRAIN_FORWARDS = 4
-# The parts that layers of a class are, all of them; its recipe says which classes are quantised.
-PARTS = {
-    "FeedForward": ("cond read FF", "read FF", "global: FF", "write FF", "self-conditioning"),
-    "LatentAttention": ("global: qkvo",),
+# {part: the class of its layers and their names}, by which a recipe says what is quantised.
+LAYERS = {
+    "cond read: qkvo": ("GroupRead", "blocks.{block}.cond_read"),
+    "cond read FF": ("FeedForward", "blocks.{block}.cond_ff"),
+    "read: qkvo": ("GroupRead", "blocks.{block}.read"),
+    "read FF": ("FeedForward", "blocks.{block}.read_ff"),
+    "global: qkvo": ("LatentAttention", "blocks.{block}.global_layers.{layer}.0"),
+    "global: FF": ("FeedForward", "blocks.{block}.global_layers.{layer}.1"),
+    "write: qkvo": ("GroupWrite", "blocks.{block}.write"),
+    "write FF": ("FeedForward", "blocks.{block}.write_ff"),
+    "self-conditioning": ("FeedForward", "self_conditioning.ff"),
 }
+ABSORBED = ("read: qkvo", "write: qkvo")  # where that is less work, and then in no recipe
 SCALAR_TOKENS = 4  # sigma, framerate, height, width; an upsampler has the augmentation level too
 
 
@@ -44,24 +54,26 @@ def forward_flops(config: FITConfig, *, absorbed: bool = False) -> dict[str, int
         return 2 * linear(rows, width, ratio * width)
 
     if absorbed:
+        projected = latents  # the two projections of the patch side are folded into them
         score_rows = inner // config.patch_head_dim * group_latents  # heads * latents of a group
-        patch_side = 2 * linear(patches, score_rows, x)
-        patch_side += 2 * linear(latents, inner, x)  # folding the two projections
+        exchange = 2 * linear(patches, score_rows, x)
     else:
-        patch_side = 2 * linear(patches, x, inner) + attention(patches, group_latents, inner)
-    exchange = patch_side + 2 * linear(latents, z, inner)
+        projected = patches
+        exchange = attention(patches, group_latents, inner)
+    qkvo = 2 * linear(projected, x, inner) + 2 * linear(latents, z, inner)
 
     block = {
-        "cond read": 2 * linear(latents, z, cond_inner)
-        + 2 * linear(cond, c, cond_inner)
-        + attention(latents, cond, cond_inner),
+        "cond read: qkvo": 2 * linear(latents, z, cond_inner) + 2 * linear(cond, c, cond_inner),
+        "cond read: attention": attention(latents, cond, cond_inner),
         "cond read FF": ff(latents, z),
-        "read": exchange,
+        "read: qkvo": qkvo,
+        "read: attention": exchange,
         "read FF": ff(latents, z),
         "global: qkvo": config.global_layers * 4 * linear(latents, z, z),
         "global: attention": config.global_layers * attention(latents, latents, z),
         "global: FF": config.global_layers * ff(latents, z),
-        "write": exchange,
+        "write: qkvo": qkvo,
+        "write: attention": exchange,
         "write FF": ff(patches, x),
     }
     parts = {name: config.blocks * flops for name, flops in block.items()}
@@ -85,9 +97,16 @@ def least_tflop(config: FITConfig) -> float:
 
 
 def quantised_tflop(config: FITConfig, recipe: Recipe) -> float:
-    """TFLOP of one evaluation of one video in the layers that `recipe` quantises, keeping none."""
-    parts = forward_flops(config)
-    return sum(parts[part] for layer in recipe.layers for part in PARTS[layer]) / 1e12
+    """TFLOP of one evaluation of one video in the layers that `recipe` quantises."""
+    parts, absorbed = forward_flops(config), least_tflop(config) < graph_tflop(config)
+    blocks, layers = range(max(config.blocks, 1)), range(max(config.global_layers, 1))
+    flops = 0.0
+    for part, (kind, name) in LAYERS.items():
+        if kind in recipe.layers and not (absorbed and part in ABSORBED):
+            names = {name.format(block=block, layer=layer) for block in blocks for layer in layers}
+            taken = [n for n in names if not any(fnmatchcase(n, kept) for kept in recipe.kept)]
+            flops += parts[part] * len(taken) / len(names)
+    return flops / 1e12
 
 
 def floor_ms(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fp8_error import FP8, KINDS, RECIPES_OF
 
-from snapkernels import FeedForward, Fp8FeedForward, LatentAttention, quantise
+from snapkernels import FeedForward, Fp8FeedForward, Fp8GroupRead, LatentAttention, quantise
 from snapkernels.modules_fp8 import Fp8Module
 from snapkernels.testing import record
 from snapvideo_core import FIT, PRESETS
@@ -25,12 +25,16 @@ def test_every_quantised_layer_is_of_one_kind():
                 (kind,) = (kind for kind, names in KINDS.items() if fnmatchcase(name, names))
                 found[kind] += 1
         layers = config.blocks * config.global_layers
+        projected = config.blocks * (config.name in ("500m", "3.9b"))
         assert found == {
             "self_conditioning_ff": 1,
+            "cond_read": 0,
             "cond_ff": config.blocks,
+            "read": projected,
             "read_ff": config.blocks,
             "latent_attention": layers,
             "global_ff": layers,
+            "write": projected,
             "write_ff": config.blocks,
         }
 
@@ -40,6 +44,12 @@ def test_a_kind_is_quantised_alone():
     assert isinstance(model.blocks[1].write_ff, Fp8FeedForward)
     assert isinstance(model.blocks[1].read_ff, FeedForward)
     assert isinstance(model.blocks[1].global_layers[0][0], LatentAttention)
+
+
+def test_what_the_recipe_keeps_is_a_kind_of_its_own_too():
+    model = quantise(FIT(TINY).eval(), RECIPES_OF["cond_read"])
+    assert isinstance(model.blocks[1].cond_read, Fp8GroupRead)
+    assert not any(isinstance(m, Fp8FeedForward) for m in model.modules())
 
 
 def test_rows_name_each_kinds_share():
@@ -65,6 +75,8 @@ def test_a_run_gives_a_record(monkeypatch, tmp_path, capsys):
     assert record.problems(written) == []
     assert written["command"] == "python bench/fp8_error.py --preset tiny"
     values = {row["case"]: row["value"] for row in written["rows"]}
+    absorbed = {f"model/tiny/fp8_error/{kind}" for kind in ("read", "write")}
+    assert values.keys() == {f"model/tiny/fp8_error/{kind}" for kind in RECIPES_OF} - absorbed
     assert values["model/tiny/fp8_error/none"] < values["model/tiny/fp8_error/write_ff"]
     assert values["model/tiny/fp8_error/write_ff"] < values["model/tiny/fp8_error/all"] < 0.1
     assert "model/tiny/fp8_error/write_ff: " in capsys.readouterr().out

@@ -15,6 +15,11 @@ from snapvideo_core.config import TINY, TINY_UP
 
 FP8 = RECIPES["fp8"]
 FF = "blocks.0.write_ff"
+CONFIGS = (
+    TINY,
+    replace(TINY_UP, name="mine", positions="token"),
+    replace(TINY, name="wide", num_latents=48),  # a read and a write that are not absorbed
+)
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def rewrite(path, tensors=None, **texts):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [TINY, replace(TINY_UP, name="mine", positions="token")])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_is_loaded_is_what_was_saved(
@@ -55,6 +60,8 @@ def test_what_is_loaded_is_what_was_saved(
     loaded = load_model(path, backend="reference")
     assert (loaded.config, loaded.recipe) == (config, RECIPES[recipe])
     assert not any(module.training for module in loaded.modules())
+    quantised = recipe == "fp8" and config.name == "wide"
+    assert ("blocks.1.write.kv_scale" in model.state_dict()) == quantised
     state = model.state_dict()
     assert loaded.state_dict().keys() == state.keys()
     for name, tensor in loaded.state_dict().items():
@@ -164,6 +171,10 @@ def text_of(field, change):
         (
             text_of("recipe", lambda r: r | {"hidden": "e4m3, a scale for 128"}),
             "recipe 'fp8' has changed since .*: hidden is 'e4m3, a scale for 128', not 'e4m3",
+        ),
+        (
+            text_of("recipe", lambda r: r | {"layers": ["FeedForward", "LatentAttention"]}),
+            r"recipe 'fp8' has changed .*: layers is \('FeedForward', 'LatentAttention'\), not ",
         ),
         (text_of("recipe", lambda r: r | {"name": "fp6"}), "recipe must be one of 'bf16', 'fp8'"),
         (text_of("recipe", lambda r: "fp8"), "its header cannot be read"),

@@ -9,7 +9,10 @@ from snapkernels.testing.cases import make_values
 from snapvideo_core.config import PRESETS
 from snapvideo_core.flops import forward_flops
 
-READ, WRITE, READ_FF, WRITE_FF = ("read",), ("write",), ("read FF",), ("write FF",)
+READ, WRITE = (
+    tuple(f"{way}: {part}" for part in ("qkvo", "attention")) for way in ("read", "write")
+)
+READ_FF, WRITE_FF = ("read FF",), ("write FF",)
 GLOBAL = ("global: qkvo", "global: attention")
 
 

@@ -31,6 +31,24 @@ def test_they_call_the_functions_with_their_own_weights(rng):
     assert ff.weights().fc1_weight.shape == (24, 8)
 
 
+@pytest.mark.parametrize(
+    ("latent_dim", "patch_dim", "head_dim", "group", "absorbs"),
+    [
+        (3072, 1024, 64, (24, 4608), True),  # the upsampler: 384 columns for 1024
+        (3072, 1024, 64, (96, 320), False),
+        (1024, 768, 48, (64, 320), False),
+        (3072, 1024, 64, None, False),
+    ],
+)
+def test_a_read_or_write_that_knows_its_groups_says_whether_it_absorbs(
+    latent_dim, patch_dim, head_dim, group, absorbs
+):
+    with torch.device("meta"):
+        read = GroupRead(latent_dim, patch_dim, head_dim, group=group)
+        write = GroupWrite(patch_dim, latent_dim, head_dim, group=group)
+    assert (read.absorbs, write.absorbs) == (absorbs, absorbs)
+
+
 def test_every_weight_is_a_parameter_under_its_name():
     state = GroupRead(8, 12, 4).state_dict()
     weights = GroupRead(8, 12, 4).weights()

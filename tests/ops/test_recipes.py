@@ -12,8 +12,11 @@ from snapkernels import (
     RECIPES,
     FeedForward,
     Fp8FeedForward,
+    Fp8GroupRead,
+    Fp8GroupWrite,
     Fp8LatentAttention,
     GroupRead,
+    GroupWrite,
     LatentAttention,
     Recipe,
     quantise,
@@ -35,18 +38,30 @@ def model():
     return nn.Sequential(
         nn.Linear(16, 16),
         nn.Sequential(LatentAttention(16, 4), FeedForward(16, dropout=0.5)),
-        nn.ModuleDict({"read": GroupRead(16, 16, 4), "ff": FeedForward(16), "halved": Halved(16)}),
+        nn.ModuleDict(
+            {
+                "read": GroupRead(16, 16, 4),
+                "write": GroupWrite(16, 16, 4, group=(8, 100)),  # 32 columns for 16
+                "absorbed": GroupWrite(16, 16, 4, group=(2, 100)),
+                "cond_read": GroupRead(16, 16, 4),
+                "ff": FeedForward(16),
+                "halved": Halved(16),
+            }
+        ),
     ).eval()
 
 
 def test_layers_are_replaced_where_they_stand_and_others_stay():
     before = model().bfloat16()
-    linear, read, halved = before[0], before[2]["read"], before[2]["halved"]
+    others = [before[0], *(before[2][name] for name in ("absorbed", "cond_read", "halved"))]
     after = quantise(before, "fp8")
     assert after is before and after.recipe is FP8
     assert isinstance(after[1][0], Fp8LatentAttention)
     assert isinstance(after[1][1], Fp8FeedForward) and isinstance(after[2]["ff"], Fp8FeedForward)
-    assert (after[0], after[2]["read"], after[2]["halved"]) == (linear, read, halved)
+    assert isinstance(after[2]["read"], Fp8GroupRead)
+    assert isinstance(after[2]["write"], Fp8GroupWrite)
+    left = [after[0], *(after[2][name] for name in ("absorbed", "cond_read", "halved"))]
+    assert all(a is b for a, b in zip(left, others, strict=True))
     assert not any(module.training for module in after.modules())
 
 
@@ -112,8 +127,13 @@ def test_a_quantised_model_is_near_the_one_it_was(dtype, rng):
         (model, "fp4", "recipe must be one of 'bf16', 'fp8', or a Recipe, got 'fp4'"),
         (lambda: quantise(model(), "fp8"), "fp8", "the model is quantised already"),
         (lambda: model().train(), "fp8", r"in training mode: call eval\(\)"),
-        (lambda: nn.Linear(4, 4).eval(), "fp8", "no FeedForward or LatentAttention that 'fp8'"),
-        (model, replace(FP8, kept=("*",)), "no FeedForward or LatentAttention that 'fp8'"),
+        (lambda: nn.Linear(4, 4).eval(), "fp8", "no FeedForward or .* or GroupWrite that 'fp8'"),
+        (model, replace(FP8, kept=("*",)), "no FeedForward or .* or GroupWrite that 'fp8'"),
+        (
+            lambda: GroupRead(16, 16, 4, group=(2, 100)).eval(),
+            replace(FP8, layers=("GroupRead",)),
+            "the model has no GroupRead that 'fp8' takes",
+        ),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_by_name(given, recipe, message):
@@ -124,7 +144,7 @@ def test_what_cannot_be_quantised_is_refused_by_name(given, recipe, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": ("GroupRead",)}, "layers must be of FeedForward, LatentAttention, got 'Gro"),
+        ({"layers": ("Linear",)}, "layers must be of FeedForward, .*, GroupWrite, got 'Linear'"),
         ({"weights": "int8"}, "weights of FeedForward must be 'e4m3, .*', got 'int8'"),
         ({"inputs": E4M3_BOUND}, "inputs of FeedForward must be 'e4m3, a scale a row"),
         ({"hidden": E4M3_ROWS}, "hidden of FeedForward must be 'e4m3, a scale a token"),

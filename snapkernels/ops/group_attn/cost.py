@@ -56,18 +56,26 @@ def _absorbed(sizes: Sizes, patch_dim: int) -> int:
     return of_latents + 4 * rows * sizes["N"] * patch_dim
 
 
+def absorbs_read(sizes: Sizes) -> bool:
+    """Whether absorption is the less work in `group_read`, whatever the number of groups."""
+    return absorbed_read_flops(sizes) < projected_read_flops(sizes)
+
+
+def absorbs_write(sizes: Sizes) -> bool:
+    """Likewise in `group_write`."""
+    return absorbed_write_flops(sizes) < projected_write_flops(sizes)
+
+
 def read_keeps(sizes: Sizes) -> bool:
     """Whether a call of `group_read` of these sizes is absorbed, and keeps something."""
     tokens = sizes["B"] * sizes["G"] * sizes["N"]
-    cheaper = absorbed_read_flops(sizes) < projected_read_flops(sizes)
-    return cheaper and tokens >= LEAST_READ_TOKENS
+    return absorbs_read(sizes) and tokens >= LEAST_READ_TOKENS
 
 
 def write_keeps(sizes: Sizes) -> bool:
     """Likewise of `group_write`."""
     tokens = sizes["B"] * sizes["G"] * sizes["N"]
-    cheaper = absorbed_write_flops(sizes) < projected_write_flops(sizes)
-    return cheaper and tokens >= LEAST_WRITE_TOKENS
+    return absorbs_write(sizes) and tokens >= LEAST_WRITE_TOKENS
 
 
 def absorbed_declines_read(

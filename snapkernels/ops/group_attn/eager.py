@@ -22,6 +22,31 @@ def cross_attention(
     *,
     attention: Callable[..., torch.Tensor] = scaled_dot_product_attention,
 ) -> torch.Tensor:
+    q_in = layer_norm(q_tokens, q_tokens.shape[-1:], w.q_norm_weight, w.q_norm_bias, eps)
+    kv_in = layer_norm(kv_tokens, kv_tokens.shape[-1:], w.kv_norm_weight, w.kv_norm_bias, eps)
+    context_BGQI = attended(
+        linear(q_in, w.q_weight, w.q_bias),
+        linear(kv_in, w.k_weight, w.k_bias),
+        linear(kv_in, w.v_weight, w.v_bias),
+        mask_BGK,
+        num_heads,
+        attention=attention,
+    )
+    # In this order the sum is contiguous whatever the strides of q_tokens.
+    return linear(context_BGQI, w.o_weight, w.o_bias) + q_tokens
+
+
+def attended(
+    q_BGQI: torch.Tensor,
+    k_BGKI: torch.Tensor,
+    v_BGKI: torch.Tensor,
+    mask_BGK: torch.Tensor | None,
+    num_heads: int,
+    *,
+    attention: Callable[..., torch.Tensor] = scaled_dot_product_attention,
+) -> torch.Tensor:
+    """What every query reads of its group's values: (B, G, Q, I), zeros where it may read none."""
+
     def by_head(tokens_BGXI: torch.Tensor) -> torch.Tensor:
         """(B, G, X, I) -> (B * G, H, X, E), without a copy."""
         return tokens_BGXI.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -31,19 +56,14 @@ def cross_attention(
         # SDPA's backends disagree on a row with nothing to read; such a row reads all, times zero.
         readable = mask_BGK.any(-1, keepdim=True)
         attn_mask = (mask_BGK | ~readable).flatten(0, 1)[:, None, None, :]
-    q_in = layer_norm(q_tokens, q_tokens.shape[-1:], w.q_norm_weight, w.q_norm_bias, eps)
-    kv_in = layer_norm(kv_tokens, kv_tokens.shape[-1:], w.kv_norm_weight, w.kv_norm_bias, eps)
     context = attention(
-        by_head(linear(q_in, w.q_weight, w.q_bias)),
-        by_head(linear(kv_in, w.k_weight, w.k_bias)),
-        by_head(linear(kv_in, w.v_weight, w.v_bias)),
+        by_head(q_BGQI),
+        by_head(k_BGKI),
+        by_head(v_BGKI),
         attn_mask=attn_mask,
     )
-    context_BGQI = context.transpose(1, 2).flatten(2).unflatten(0, q_tokens.shape[:2])
-    if readable is not None:
-        context_BGQI = context_BGQI * readable[..., None]
-    # In this order the sum is contiguous whatever the strides of q_tokens.
-    return linear(context_BGQI, w.o_weight, w.o_bias) + q_tokens
+    context_BGQI = context.transpose(1, 2).flatten(2).unflatten(0, q_BGQI.shape[:2])
+    return context_BGQI if readable is None else context_BGQI * readable[..., None]
 
 
 def group_write(

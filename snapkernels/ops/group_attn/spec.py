@@ -100,7 +100,7 @@ _DROPPED_KEY = Mutant(
     backend="eager",
     find="attn_mask = readable = None",
     replace="""attn_mask, readable = torch.ones(
-        1, kv_tokens.shape[2], dtype=torch.bool, device=kv_tokens.device
+        1, k_BGKI.shape[2], dtype=torch.bool, device=k_BGKI.device
     ).cumsum(-1) > 1, None""",
 )
 
@@ -153,15 +153,15 @@ GROUP_READ = Spec(
         Mutant(
             name="groups and videos swapped",
             backend="eager",
-            find="unflatten(0, q_tokens.shape[:2])",
-            replace="unflatten(0, q_tokens.shape[1::-1]).transpose(0, 1)",
+            find="unflatten(0, q_BGQI.shape[:2])",
+            replace="unflatten(0, q_BGQI.shape[1::-1]).transpose(0, 1)",
         ),
         _DROPPED_KEY,
         Mutant(
             name="scale 1 % high",
             backend="eager",
             find="attn_mask=attn_mask,",
-            replace="attn_mask=attn_mask, scale=1.01 * (len(w.q_bias) / num_heads) ** -0.5,",
+            replace="attn_mask=attn_mask, scale=1.01 * (q_BGQI.shape[-1] / num_heads) ** -0.5,",
         ),
         Mutant(
             name="mask ignored",
@@ -172,8 +172,8 @@ GROUP_READ = Spec(
         Mutant(
             name="group with nothing to read reads all",
             backend="eager",
-            find="if readable is not None:",
-            replace="if False:",
+            find="if readable is None else",
+            replace="if True else",
         ),
         *bugs.READ,
     ),
