@@ -300,7 +300,7 @@ def test_an_fp8_model_is_held_to_plain_fp8_and_to_the_weights_it_was_made_of(row
     error = row["error"]
     assert error["rms_eager"] == error["rms_vs_fp64"]  # a CPU runs the same calls
     assert 1e-2 < error["rms_vs_fp64"] < 0.1  # the weights' own rounding is in it
-    monkeypatch.setattr(throughput, "plain_error", lambda *_: error["rms_vs_fp64"] / 1.03)
+    monkeypatch.setattr(throughput, "plain_error", lambda *_: error["rms_vs_fp64"] / 1.05)
     (row,) = rows("--recipe", "fp8", code=1)
     assert row["gate"].startswith("relative rms error") and "value" not in row
     monkeypatch.setattr(throughput, "plain_error", lambda *_: float("inf"))

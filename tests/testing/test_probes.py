@@ -86,7 +86,7 @@ def test_they_see_padding_in_the_denominator_and_one_lost_token_of_many(dtype):
             backend="eager",
             find=eager,
             replace=f"""attn_mask, readable = torch.arange(
-        kv_tokens.shape[2], device=kv_tokens.device
+        k_BGKI.shape[2], device=k_BGKI.device
     )[None] != {position}, None""",
         )
         with planted(spec, mutant) as backend:
