@@ -77,11 +77,11 @@ class _Fp8Attention(Fp8Module):
         rows, scale = quantise_rows(weight)
         self.register_buffer(f"{name}_weight", rows)
         self.register_buffer(f"{name}_scale", scale)
-        self.register_buffer(f"{name}_bias", bias.detach())
+        self.register_buffer(f"{name}_bias", bias.detach().clone())
 
     def _keep_norm(self, name: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        self.register_buffer(f"{name}_weight", weight.detach())
-        self.register_buffer(f"{name}_bias", bias.detach())
+        self.register_buffer(f"{name}_weight", weight.detach().clone())
+        self.register_buffer(f"{name}_bias", bias.detach().clone())
 
     def _project(
         self,
@@ -124,11 +124,19 @@ class Fp8LatentAttention(_Fp8Attention):
         self._keep_projection("o", w.o_weight, w.o_bias)
 
     def forward(self, latents_BLD: torch.Tensor) -> torch.Tensor:
-        """(B, L, dim) -> (B, L, dim)."""
+        """(B, L, dim) -> (B, L, dim).
+
+        Raises:
+            ValueError: the latents are not of three dimensions, or not those of the weights.
+        """
+        if latents_BLD.dim() != 3:
+            got = tuple(latents_BLD.shape)
+            raise ValueError(f"Fp8LatentAttention: latents must be (B, L, dim), got {got}")
         qkv = self._project("qkv", latents_BLD, norm="norm")
         # (B, H, L, E) views: E dimensions of each of H heads.
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        context_BHLE = scaled_dot_product_attention(q, k, v)
+        # To the latents' dtype, which autocast would have SDPA change.
+        context_BHLE = scaled_dot_product_attention(q, k, v).to(latents_BLD.dtype)
         return self._project("o", context_BHLE.transpose(1, 2).flatten(2), residual=latents_BLD)
 
 
@@ -158,7 +166,7 @@ class _Fp8CrossAttention(_Fp8Attention):
         q_BGQI = self._project("q", q_tokens, norm="q_norm")
         k_BGKI, v_BGKI = self._project("kv", kv_tokens, norm="kv_norm").chunk(2, -1)
         context_BGQI = attended(q_BGQI, k_BGKI, v_BGKI, mask_BGK, self.num_heads)
-        return self._project("o", context_BGQI, residual=q_tokens)
+        return self._project("o", context_BGQI.to(q_tokens.dtype), residual=q_tokens)
 
     def _check(
         self, q_tokens: torch.Tensor, kv_tokens: torch.Tensor, mask: torch.Tensor | None
@@ -171,6 +179,13 @@ class _Fp8CrossAttention(_Fp8Attention):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != kv_tokens.shape[:3]):
             wanted, got = tuple(kv_tokens.shape[:3]), f"{mask.dtype} {tuple(mask.shape)}"
             raise ValueError(f"{what}: mask must be torch.bool {wanted}, got {got}")
+        for side, tokens in (("q", q_tokens), ("kv", kv_tokens)):
+            norm = self.get_buffer(f"{side}_norm_weight")
+            if tokens.dtype != norm.dtype or tokens.shape[-1:] != norm.shape:
+                raise ValueError(
+                    f"{what}: the {side} side's tokens must be {norm.dtype} (B, G, ..., "
+                    f"{len(norm)}), got {tokens.dtype} {tuple(tokens.shape)}"
+                )
 
 
 class Fp8GroupRead(_Fp8CrossAttention):

@@ -14,6 +14,7 @@ absorbed. The rest keeps the weights' dtype:
 - the cores of the attentions multiply no weights.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -109,6 +110,8 @@ def recipe_called(recipe: str | Recipe) -> Recipe:
 def layers_taken(model: nn.Module, recipe: Recipe) -> list[str]:
     """Names of the layers of `model` that `recipe` quantises, "" for the model itself.
 
+    A layer that has several names is there by each of them.
+
     Of its classes, a subclass is none of them, and not kept by a pattern. Not a `GroupRead` or
     `GroupWrite` of whose groups it knows that folding its projections is less work (`absorbs`):
     that is done in the weights' dtype.
@@ -116,7 +119,7 @@ def layers_taken(model: nn.Module, recipe: Recipe) -> list[str]:
     replaced = {QUANTISED[layer][0] for layer in recipe.layers}
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if type(module) in replaced
         and not getattr(module, "absorbs", False)
         and not any(fnmatchcase(name, kept) for kept in recipe.kept)
@@ -129,12 +132,13 @@ def quantise(model: nn.Module, recipe: str | Recipe) -> nn.Module:
     One layer at a time, each weight freed once its quantised form is there: a model that fills the
     memory need not fit twice. Scales are computed in float32. Nothing of the model has a gradient
     afterwards, and it cannot be trained: keep what it was made of. A recipe without layers leaves
-    everything as it is.
+    everything as it is. Hooks of a layer that is replaced go with it, and what torch.compile made
+    of one keeps the weights that it had: quantise first.
 
     Args:
         model: in evaluation mode, on any device; weights of any floating dtype. Which layers are
             replaced, `layers_taken` says.
-        recipe: "fp8", "bf16" or a `Recipe`, which the model then has as `recipe`.
+        recipe: "fp8", "bf16" or a `Recipe`, which the model, if it has layers, has as `recipe`.
 
     Returns:
         The model, or the quantised form of a model that is itself such a layer.
@@ -159,9 +163,12 @@ def quantise(model: nn.Module, recipe: str | Recipe) -> nn.Module:
     if names[0] == "":
         model = forms[type(model)](model)
     else:
+        times = Counter(model.get_submodule(name) for name in names)
+        shared = {layer: forms[type(layer)](layer).eval() for layer in times if times[layer] > 1}
+        del times
         for name in names:
             layer = model.get_submodule(name)
-            model.set_submodule(name, forms[type(layer)](layer).eval())
+            model.set_submodule(name, shared.get(layer) or forms[type(layer)](layer).eval())
             del layer  # and with it its weights, before the next is quantised
     model.requires_grad_(False)
     for parameter in model.parameters():

@@ -28,10 +28,18 @@ class CapturedFIT:
     def __init__(
         self, model: FIT, x_BCTHW: torch.Tensor, sigma_B: torch.Tensor, cond: Conditioning
     ):
-        config, weight, wide = model.config, model.positions, at_least_fp32(sigma_B)
-        if model.training:
+        config = model.config
+        if any(module.training for module in model.modules()):
             raise ValueError(f"FIT {config.name}: capture needs evaluation mode: call eval() first")
         self.name = config.name
+        # The graph's memory is written in later calls, and belongs to no graph of gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            self._record(model, x_BCTHW, sigma_B, cond)
+
+    def _record(
+        self, model: FIT, x_BCTHW: torch.Tensor, sigma_B: torch.Tensor, cond: Conditioning
+    ) -> None:
+        config, weight, wide = model.config, model.positions, at_least_fp32(sigma_B)
         self._absent = {
             "previous": weight.new_zeros(()),
             "scale": wide.new_ones(()),
@@ -60,7 +68,6 @@ class CapturedFIT:
         )
         end = Mix(mix=inputs["end.mix"], video=inputs["end.video"], other=inputs["end.other"])
 
-        @torch.no_grad()
         def evaluate() -> Outputs:
             return model(
                 inputs["x"],

@@ -6,6 +6,7 @@ dtypes are compared before anything is loaded, and an fp8 model never passes thr
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -56,11 +57,13 @@ class Header:
 def save_model(model: FIT, path: str | os.PathLike[str]) -> None:
     """Write `model`, quantised or not, to the file `path`: whole, or not at all.
 
-    Needs the extra snapkernels[checkpoints].
+    A file that was there is replaced when the new one is complete. Needs the extra
+    snapkernels[checkpoints].
 
     Raises:
         CheckpointError: its tensors are not those of its sizes, recipe and dtype, as of a model of
-            which a part was quantised alone; or the file cannot be written.
+            which a part was quantised alone, or two of them share memory; or the file cannot be
+            written.
     """
     path, safetensors = Path(path), _import_safetensors()
     header = Header(model.config, model.recipe, NAMES.get(model.positions.dtype, "no such"))
@@ -70,11 +73,19 @@ def save_model(model: FIT, path: str | os.PathLike[str]) -> None:
     held = {name: (NAMES.get(t.dtype, str(t.dtype)), (*t.shape,)) for name, t in state.items()}
     if wrong := _difference(held, _forms(header.model(None))):
         raise CheckpointError(f"{path}: not written: {wrong}")
-    partial = path.with_name(path.name + ".partial")
+    try:
+        # A name of its own: another process may write to the same path.
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f"{path.name}.", suffix=".partial", delete=False
+        ) as file:
+            partial = Path(file.name)
+    except OSError as error:
+        raise CheckpointError(f"{path}: not written: {error}") from error
     try:
         safetensors.torch.save_file(state, partial, _written(header))
+        partial.chmod(0o666 & ~_umask())
         os.replace(partial, path)
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -92,7 +103,8 @@ def load_model(
     Needs the extra snapkernels[checkpoints].
 
     Args:
-        path: a file that `save_model` wrote.
+        path: a file that `save_model` wrote. On the CPU the tensors are a mapping of it: replace
+            it, as `save_model` does, but do not write into it.
         device: where the tensors go, each straight from the file.
         recipe: that the file must have, by name or whole; None takes any of `RECIPES`.
         backend: of every op, None for the default.
@@ -101,8 +113,13 @@ def load_model(
         CheckpointError: the file is cut off or foreign, its recipe is not the one asked for, is
             unknown or has changed since, or a tensor's name, shape or dtype is not the model's.
         FileNotFoundError: there is no such file.
+        ValueError: there is no such device here.
     """
     path = Path(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"load_model: device {device!r} is not here: {error}") from error
     with _opened(path, device) as file:
         header = _read(file.metadata() or {}, recipe, path)
         model = header.model(backend)
@@ -194,8 +211,17 @@ def _opened(path: Path, device: torch.device | str) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             yield file
-    except safetensors.SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: no safetensors file, or cut off: {error}") from error
+
+
+def _umask() -> int:
+    """What new files are not allowed, which can be read only by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _import_safetensors() -> ModuleType:

@@ -82,8 +82,8 @@ def test_a_run_gives_a_record(monkeypatch, tmp_path, capsys):
     assert "model/tiny/fp8_error/write_ff: " in capsys.readouterr().out
 
 
-def test_the_error_is_against_the_weights_before_they_were_quantised():
-    """With activations not quantised, the weights' rounding is all that is left, and is seen."""
+def test_what_is_not_quantised_is_off_by_the_dtype_alone():
+    """And what is, by more."""
     config = replace(TINY, name="mine")
     errors = dict(fp8_error.measured(config, torch.device("cpu")))
     assert errors["none"] < 1.5e-2 < errors["all"]

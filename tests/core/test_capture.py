@@ -167,6 +167,23 @@ def test_what_cannot_be_captured_is_refused(rng, conditioning, random_fit, monke
         model.capture(x.expand(2, -1, -1, -1, -1)[..., :17, :], sigma, cond)
     with pytest.raises(ValueError, match=r"FIT tiny: capture needs evaluation mode: call eval\(\)"):
         model.train().capture(x, sigma, cond)
+    with pytest.raises(ValueError, match=r"FIT tiny: capture needs evaluation mode: call eval\(\)"):
+        model.eval().blocks.train()
+        model.capture(x, sigma, cond)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"FIT tiny: capture makes a CUDA graph, .* on cpu"):
         model.eval().capture(x, sigma, cond)
+
+
+def test_what_is_captured_in_inference_mode_is_called_outside_it(
+    case, rng, conditioning, random_fit
+):
+    """And holds on to no graph of gradients."""
+    model, cond = random_fit(TINY, rng).eval(), conditioning(TINY, 1, rng)
+    x = torch.randn(1, 3, 4, 18, 32, generator=rng)
+    with torch.inference_mode():
+        captured = model.capture(x, torch.ones(1), cond)
+    again = model.capture(2 * x.clone().requires_grad_(), torch.ones(1), cond)
+    for one in (captured, again):
+        assert all(tensor.grad_fn is None for tensor in one._inputs.values())
+        one(x, torch.ones(1), cond)

@@ -115,6 +115,29 @@ def test_nothing_half_written_stays(saved, rng, random_fit, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_file_that_looks_half_written_is_not_ours_to_take(saved):
+    model, path = saved
+    other = path.with_name(path.name + ".partial")
+    other.write_text("of someone else")
+    save_model(model, path)
+    assert other.read_text() == "of someone else"
+
+
+def test_a_model_whose_tensors_share_memory_is_not_written(path, rng, random_fit):
+    model = random_fit(TINY, rng)
+    model.blocks[0].cond_ff.fc1.bias = model.blocks[0].read_ff.fc1.bias
+    with pytest.raises(CheckpointError, match="not written: "):
+        save_model(model, path)
+    assert not path.exists() and list(path.parent.iterdir()) == []
+
+
+def test_a_folder_and_a_device_that_is_not_here_are_named(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="load_model: device 'cuda:77' is not here"):
+        load_model(saved[1], "cuda:77")
+
+
 def test_a_folder_that_is_not_there_is_named(rng, random_fit, tmp_path):
     with pytest.raises(CheckpointError, match="no/such/file: not written: "):
         save_model(random_fit(TINY, rng), tmp_path / "no" / "such" / "file")

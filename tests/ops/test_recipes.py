@@ -163,3 +163,43 @@ def test_a_recipe_is_of_layers_that_have_a_hidden_form_or_not():
         hidden="none here",
         layers=("LatentAttention",),
     )
+
+
+def test_what_is_written_into_the_source_does_not_reach_the_quantised_form():
+    """The hidden bound is of the biases as they were."""
+    for layer in (FeedForward(32), LatentAttention(32, 8), GroupRead(32, 16, 8)):
+        form = quantise(layer.eval(), "fp8")
+        before = {name: tensor.clone() for name, tensor in form.state_dict().items()}
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.fill_(100)
+        for name, tensor in form.state_dict().items():
+            assert torch.equal(tensor.float(), before[name].float()), name
+
+
+def test_a_layer_of_several_names_is_one_form_under_each():
+    layer = FeedForward(32)
+    form = quantise(nn.Sequential(layer, nn.Identity(), layer).eval(), "fp8")
+    assert isinstance(form[0], Fp8FeedForward) and form[2] is form[0]
+    whole = nn.Sequential(nn.Sequential(layer), nn.Sequential(layer)).eval()
+    quantise(whole, "fp8")
+    assert isinstance(whole[0][0], Fp8FeedForward) and whole[1][0] is whole[0][0]
+
+
+@pytest.mark.parametrize("layer", [LatentAttention(32, 8), GroupRead(32, 32, 8)])
+def test_under_autocast_a_quantised_layer_runs_as_the_plain_one_does(layer):
+    tokens = torch.randn((2, 3, 32) if isinstance(layer, LatentAttention) else (1, 2, 3, 32))
+    calls = (tokens,) if isinstance(layer, LatentAttention) else (tokens, tokens)
+    form = quantise(layer.eval(), "fp8")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert relative_rms(form(*calls) - tokens, layer(*calls).float() - tokens) < 0.1
+
+
+def test_tokens_that_are_not_the_layers_are_named():
+    with pytest.raises(ValueError, match="Fp8LatentAttention: latents must be"):
+        quantise(LatentAttention(32, 8).eval(), "fp8")(torch.zeros(3, 32))
+    read = quantise(GroupRead(32, 16, 8).eval(), "fp8")
+    with pytest.raises(ValueError, match="Fp8GroupRead: the kv side's tokens must be"):
+        read(torch.zeros(1, 1, 2, 32), torch.zeros(1, 1, 2, 32))
+    with pytest.raises(ValueError, match="Fp8GroupRead: the q side's tokens must be"):
+        read(torch.zeros(1, 1, 2, 32).double(), torch.zeros(1, 1, 2, 16))

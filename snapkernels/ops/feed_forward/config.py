@@ -1,8 +1,9 @@
 """Launch choices of the feed-forward family's kernels, and what each backend can take.
 
-Measured, on an H100, is only that kernels of this kind lose there (`_SLOWER`). What stands here is
-what fits: a tile of 128 x 128 is 64 accumulators a thread and, with e4m3, 64 of what is added to
-them; a stage is 32 KB of operands, and three stages are the 99 KB of an sm_86 or sm_89.
+Of Triton's, measured on an H100, is only that kernels of this kind lose there (`_SLOWER`): what
+stands here of them is what fits. A tile of 128 x 128 is 64 accumulators a thread and, with e4m3, 64
+of what is added to them; a stage is 32 KB of operands, and three stages are the 99 KB of an sm_86
+or sm_89.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,7 @@ CUDA_COLUMNS = 256  # of a product: two blocks of a cluster have half each
 CUDA_DEPTH = 256  # bytes of what is summed over: two stages, after which sums of e4m3 are promoted
 CUDA_WIDTH = 256  # of a token that is normed or quantised: a warp's 32 lanes have 8 elements each
 CUDA_MOST_WIDTH = 4096  # which a warp's registers hold
-CUDA_MOST_TOKENS = 2**26  # the stages of all tiles are counted in an int
+CUDA_MOST_TOKENS = 2**26  # the units of all tiles are counted in an int
 # Below it cuBLAS and separate passes are faster. A sublayer 3072 and 12288 wide, on an H200: 0.18
 # ms against 0.21 with 768 tokens, 0.75 against 0.81 with 3072, 3.06 against 2.81 with 12288.
 CUDA_LEAST_TOKENS = 8192
@@ -135,7 +136,7 @@ def cuda_refuses_linear(
 
 def cuda_declines_bf16(tokens: torch.Tensor, *_: object) -> str | None:
     """Why the CUDA kernels do not pay in place of cuBLAS in bf16, or None."""
-    count = tokens.numel() // tokens.shape[-1]
+    count = tokens.shape[:-1].numel()
     if count >= CUDA_LEAST_TOKENS:
         return None
     return f"there are {count} tokens: below {CUDA_LEAST_TOKENS} {_FASTER}"
@@ -191,6 +192,8 @@ def _cuda_refuses(
     if in_rows and (width % CUDA_WIDTH or width > CUDA_MOST_WIDTH):
         return f"a token is {width} wide, not a multiple of {CUDA_WIDTH} up to {CUDA_MOST_WIDTH}"
     for columns, depth in shapes:
+        if not columns * depth:
+            return f"a matrix is ({columns}, {depth}), without an element"
         if columns % CUDA_COLUMNS or depth * item % CUDA_DEPTH:
             return (
                 f"a matrix is ({columns}, {depth}), not multiples of {CUDA_COLUMNS} and "

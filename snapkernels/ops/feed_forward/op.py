@@ -34,8 +34,8 @@ def feed_forward(
             of it and of their place among those of the call (`snapkernels.philox.kept`), equal by
             every backend. None draws them from PyTorch's default generator, in PyTorch calls.
         eps: of the LayerNorm.
-        backend: "triton", "eager" or "reference"; None takes the first that can run this call and
-            expects to be fastest.
+        backend: "cuda", "triton", "eager" or "reference"; None takes the first that can run this
+            call and expects to be fastest.
 
     Returns:
         (..., D), the tokens with the branch added, contiguous.

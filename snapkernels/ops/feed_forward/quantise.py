@@ -20,7 +20,7 @@ def quantise_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         matrix: (M, K), floating point, with at least one column.
 
     Returns:
-        (M, K) float8_e4m3fn, and (M,) float32; neither has a gradient.
+        (M, K) float8_e4m3fn, contiguous, and (M,) float32; neither has a gradient.
 
     Raises:
         ValueError: it is not such a matrix.
@@ -33,7 +33,7 @@ def quantise_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if matrix.shape[1] == 0:
         raise ValueError("quantise_rows: matrix must have at least one column, got K = 0")
     scale_M1 = matrix.abs().amax(1, keepdim=True).float() / LARGEST
-    scaled = matrix / torch.where(scale_M1 == 0, 1, scale_M1)
+    scaled = matrix.contiguous() / torch.where(scale_M1 == 0, 1, scale_M1)
     # Only a scale that is not normal, and so has few bits, lets a number pass 448.
     rounded = scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return rounded, scale_M1[:, 0]
@@ -42,6 +42,8 @@ def quantise_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def quantise_feed_forward(weights: FeedForwardWeights) -> Fp8FeedForwardWeights:
     """The parameters as `feed_forward_fp8` takes them, on the same device, without gradients.
+
+    Copies, all of them: `hidden_bound` holds for the biases as they are now.
 
     Args:
         weights: see `FeedForwardWeights`; of the dtype that the tokens will have.
@@ -53,13 +55,13 @@ def quantise_feed_forward(weights: FeedForwardWeights) -> Fp8FeedForwardWeights:
     fc2_weight, fc2_scale = quantise_rows(weights.fc2_weight)
     longest = (fc1_weight.float().norm(dim=1) * fc1_scale).amax()
     return Fp8FeedForwardWeights(
-        norm_weight=weights.norm_weight.detach(),
-        norm_bias=weights.norm_bias.detach(),
+        norm_weight=weights.norm_weight.detach().clone(),
+        norm_bias=weights.norm_bias.detach().clone(),
         fc1_weight=fc1_weight,
         fc1_scale=fc1_scale,
-        fc1_bias=weights.fc1_bias.detach(),
+        fc1_bias=weights.fc1_bias.detach().clone(),
         hidden_bound=torch.stack([longest, weights.fc1_bias.abs().amax().float()]),
         fc2_weight=fc2_weight,
         fc2_scale=fc2_scale,
-        fc2_bias=weights.fc2_bias.detach(),
+        fc2_bias=weights.fc2_bias.detach().clone(),
     )
