@@ -211,7 +211,7 @@ def prepare(model: FIT, options: Options) -> tuple[str, dict[str, float]]:
 
     Those are of the weights as they were built, on one video of the bench's own input (of a
     quantised model on several), with latents of an earlier evaluation. A quantised model may be off
-    by what plain fp8 is.
+    by `QUANTISED_RATIO` of what plain fp8 is.
     """
     model.eval()
     videos = gate_videos(model.config) if options.quantised else 1

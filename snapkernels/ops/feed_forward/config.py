@@ -1,9 +1,8 @@
 """Launch choices of the feed-forward family's kernels, and what each backend can take.
 
-Of Triton's, measured on an H100, is only that kernels of this kind lose there (`_SLOWER`): what
-stands here of them is what fits. A tile of 128 x 128 is 64 accumulators a thread and, with e4m3, 64
-of what is added to them; a stage is 32 KB of operands, and three stages are the 99 KB of an sm_86
-or sm_89.
+Of Triton's choices none is measured against another: what stands here of them is what fits. A tile
+of 128 x 128 is 64 accumulators a thread and, with e4m3, 64 of what is added to them; a stage is 32
+KB of operands, and three stages are the 99 KB of an sm_86 or sm_89.
 """
 
 from typing import NamedTuple
@@ -27,24 +26,20 @@ TRITON_ROW_ELEMENTS = 16  # of a token, of a thread that norms it: two 16-byte l
 TRITON_MOST_WIDTH = 16 * 32 * 32  # of a token: the elements of a block of 1024 threads
 FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs that convert to and multiply e4m3
 DROPOUT_ELEMENTS = 4  # that share a block of Philox, and so a row
-SCALED_MM = 16  # what PyTorch's fp8 product wants K and N to be multiples of
 
 CUDA_COLUMNS = 256  # of a product: two blocks of a cluster have half each
 CUDA_DEPTH = 256  # bytes of what is summed over: two stages, after which sums of e4m3 are promoted
 CUDA_WIDTH = 256  # of a token that is normed or quantised: a warp's 32 lanes have 8 elements each
 CUDA_MOST_WIDTH = 4096  # which a warp's registers hold
 CUDA_MOST_TOKENS = 2**26  # the units of all tiles are counted in an int
-# Below it cuBLAS and separate passes are faster. A sublayer 3072 and 12288 wide, on an H200: 0.18
-# ms against 0.21 with 768 tokens, 0.75 against 0.81 with 3072, 3.06 against 2.81 with 12288.
+# Below it cuBLAS and separate passes are faster, of a sublayer 3072 and 12288 wide on an H200; with
+# 12288 tokens they are not.
 CUDA_LEAST_TOKENS = 8192
 CUDA_PART = 256 * 128  # sums of a block, a tile of a product
 VECTOR = 16  # bytes of one load
 
 _FASTER = "cuBLAS and separate passes are faster"
-_SLOWER = (
-    "LN to residual of the patch feed-forward takes 3.75 ms so on an H100, cuBLAS with separate "
-    "passes 3.1"
-)
+_UNMEASURED = "is not measured to be faster than cuBLAS and separate passes"
 
 
 def triton_refuses_linear(tokens: torch.Tensor, *_: object) -> str | None:
@@ -68,23 +63,9 @@ def triton_refuses_feed_forward(
     return _triton_refuses(tokens)
 
 
-def triton_declines(*_: object) -> str:
-    """Why the Triton kernels do not pay in place of cuBLAS."""
-    return _SLOWER
-
-
-def triton_declines_linear_fp8(
-    tokens: torch.Tensor, weight: torch.Tensor, *_: object
-) -> str | None:
-    """Why the Triton kernels do not pay for a product with `weight`, or None."""
-    return _fp8_declines(tokens, weight.shape)
-
-
-def triton_declines_feed_forward_fp8(
-    tokens: torch.Tensor, w: Fp8FeedForwardWeights, eps: float
-) -> str | None:
-    """Why the Triton kernels do not pay for the sublayer, or None."""
-    return _fp8_declines(tokens, w.fc1_weight.shape)
+def triton_declines_bf16(*_: object) -> str:
+    """Why the Triton kernels do not run unasked in place of cuBLAS."""
+    return _UNMEASURED
 
 
 def _triton_refuses(tokens: torch.Tensor) -> str | None:
@@ -106,13 +87,6 @@ def _fp8_refuses(tokens: torch.Tensor) -> str | None:
         f"the GPU has compute capability {_dotted(capability)}, less than "
         f"{_dotted(FP8_CAPABILITY)}, and no fp8"
     )
-
-
-def _fp8_declines(tokens: torch.Tensor, shape: torch.Size) -> str | None:
-    """What PyTorch has no fp8 product for it multiplies in float32, and these kernels in fp8."""
-    if tokens.dtype != torch.bfloat16 or any(size % SCALED_MM for size in shape):
-        return None
-    return _SLOWER
 
 
 def _dotted(capability: tuple[int, int]) -> str:
