@@ -14,21 +14,25 @@ struct LinearCall {
   const char* op;
   const Tensor& tokens;  // (rows, width)
   double eps;
+  torch::stable::accelerator::DeviceGuard guard{tokens.get_device_index()};
   int64_t rows = tokens.size(0), width = tokens.size(1);
   cudaStream_t stream = current_stream(tokens);
-  float4* parts;  // see ProductArguments; the flags become 0 with the rows
-  int* flags;
-  int64_t num_flags;
+  float4* parts = nullptr;  // see ProductArguments; the flags become 0 with the rows
+  int* flags = nullptr;
+  int64_t num_flags = 0;
 
-  LinearCall(const char* op, const Tensor& tokens, const Tensor& parts, const Tensor& flags,
-             double eps)
-      : op(op), tokens(tokens), eps(eps), num_flags(flags.numel()) {
+  LinearCall(const char* op, const Tensor& tokens, double eps)
+      : op(op), tokens(tokens), eps(eps) {
     STD_TORCH_CHECK(tokens.dim() == 2 && rows <= snapkernels::kRowsCount, op, ": ", rows,
                     " tokens");
     bf16("tokens", tokens, rows * width);
+  }
+  LinearCall(const char* op, const Tensor& tokens, const Tensor& parts, const Tensor& flags,
+             double eps)
+      : LinearCall(op, tokens, eps) {
     int blocks;
     check_launch(op, snapkernels::product_blocks(&blocks));
-    STD_TORCH_CHECK(num_flags == snapkernels::kProductFlags * blocks, op, ": flags");
+    num_flags = int64_t{snapkernels::kProductFlags} * blocks;
     this->parts = reinterpret_cast<float4*>(
         fp32("parts", parts, int64_t{4} * snapkernels::kProductPart * blocks));
     this->flags = data_of<int>(op, "flags", flags, ScalarType::Int, num_flags, tokens);
@@ -68,9 +72,9 @@ struct LinearCall {
   snapkernels::ProductArguments product(const char* name, const Tensor& bias, int64_t depth,
                                         int bytes) const {
     const int64_t columns = bias.numel();
-    STD_TORCH_CHECK(columns % snapkernels::kProductColumns == 0 &&
-                        depth * bytes % snapkernels::kProductDepth == 0 && columns < INT32_MAX &&
-                        depth < INT32_MAX,
+    STD_TORCH_CHECK(columns > 0 && columns % snapkernels::kProductColumns == 0 &&
+                        columns <= snapkernels::kProductMost && depth > 0 &&
+                        depth * bytes % snapkernels::kProductDepth == 0 && depth < INT32_MAX,
                     op, ": ", columns, " columns, depth ", depth);
     snapkernels::ProductArguments given{};
     given.bias = bf16(name, bias, columns);
@@ -101,31 +105,29 @@ void linear_fp8(Tensor tokens, Tensor weight, Tensor weight_scale, Tensor bias,
   const int64_t results = call.rows * product.columns;
   product.residual = residual ? call.bf16("residual", *residual, results) : nullptr;
   product.out = call.bf16("out", out, results);
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(call.op, snapkernels::quantise_rows(rows, call.stream));
   check_launch(call.op, snapkernels::product_fp8(product, call.stream));
 }
 
 void linear(Tensor tokens, Tensor weight, Tensor bias, std::optional<Tensor> norm_weight,
             std::optional<Tensor> norm_bias, std::optional<Tensor> residual,
-            std::optional<Tensor> normed, Tensor out, Tensor parts, Tensor flags,
-            double eps) {
+            std::optional<Tensor> normed, Tensor out, std::optional<Tensor> parts,
+            std::optional<Tensor> flags, double eps) {
   if (out.numel() == 0) return;
-  const LinearCall call("linear", tokens, parts, flags, eps);
-  STD_TORCH_CHECK(!normed == !norm_weight, call.op, ": normed");
+  STD_TORCH_CHECK(!normed == !norm_weight && !normed == !parts && !normed == !flags,
+                  "linear: normed, parts and flags are of a LayerNorm");
+  const LinearCall call = normed ? LinearCall("linear", tokens, *parts, *flags, eps)
+                                 : LinearCall("linear", tokens, eps);
   auto product = call.product("bias", bias, call.width, 2);
   product.a = tokens.data_ptr();
   product.weight = call.bf16("weight", weight, product.columns * call.width);
   const int64_t results = call.rows * product.columns;
   product.residual = residual ? call.bf16("residual", *residual, results) : nullptr;
   product.out = call.bf16("out", out, results);
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   if (normed) {
     auto rows = call.rows_of(norm_weight, norm_bias);
     product.a = rows.out = call.bf16("normed", *normed, tokens.numel());
     check_launch(call.op, snapkernels::normalise_rows(rows, call.stream));
-  } else {
-    product.parts = nullptr;  // nobody has made the flags 0
   }
   check_launch(call.op, snapkernels::product_bf16(product, call.stream));
 }
@@ -133,8 +135,7 @@ void linear(Tensor tokens, Tensor weight, Tensor bias, std::optional<Tensor> nor
 void feed_forward_fp8(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
                       Tensor fc1_scale, Tensor fc1_bias, Tensor hidden_bound, Tensor fc2_weight,
                       Tensor fc2_scale, Tensor fc2_bias, Tensor quantised, Tensor scales,
-                      Tensor hidden, Tensor out, Tensor parts, Tensor flags,
-                      double eps) {
+                      Tensor hidden, Tensor out, Tensor parts, Tensor flags, double eps) {
   if (out.numel() == 0) return;
   const LinearCall call("feed_forward_fp8", tokens, parts, flags, eps);
   auto rows = call.rows_of(norm_weight, norm_bias);
@@ -158,7 +159,6 @@ void feed_forward_fp8(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tenso
   second.column_scale = call.fp32("fc2_scale", fc2_scale, call.width);
   second.residual = tokens.data_ptr();
   second.out = call.bf16("out", out, tokens.numel());
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(call.op, snapkernels::quantise_rows(rows, call.stream));
   check_launch(call.op, snapkernels::product_gelu_fp8(first, call.stream));
   check_launch(call.op, snapkernels::product_fp8(second, call.stream));
@@ -166,8 +166,7 @@ void feed_forward_fp8(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tenso
 
 void feed_forward(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
                   Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor normed,
-                  Tensor hidden, Tensor out, Tensor parts, Tensor flags,
-                      double eps) {
+                  Tensor hidden, Tensor out, Tensor parts, Tensor flags, double eps) {
   if (out.numel() == 0) return;
   const LinearCall call("feed_forward", tokens, parts, flags, eps);
   auto rows = call.rows_of(norm_weight, norm_bias);
@@ -182,7 +181,6 @@ void feed_forward(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor fc
   second.weight = call.bf16("fc2_weight", fc2_weight, numbers);
   second.residual = tokens.data_ptr();
   second.out = call.bf16("out", out, tokens.numel());
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(call.op, snapkernels::normalise_rows(rows, call.stream));
   check_launch(call.op, snapkernels::product_gelu_bf16(first, call.stream));
   check_launch(call.op, snapkernels::product_bf16(second, call.stream));
@@ -197,8 +195,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(snapkernels_cuda, m) {
       " Tensor(b!) scale, Tensor(c!) out, Tensor(d!) parts, Tensor(e!) flags, float eps) -> ()");
   m.def(
       "linear(Tensor tokens, Tensor weight, Tensor bias, Tensor? norm_weight, Tensor? norm_bias,"
-      " Tensor? residual, Tensor(a!)? normed, Tensor(b!) out, Tensor(c!) parts, Tensor(d!) flags,"
-      " float eps) -> ()");
+      " Tensor? residual, Tensor(a!)? normed, Tensor(b!) out, Tensor(c!)? parts,"
+      " Tensor(d!)? flags, float eps) -> ()");
   m.def(
       "feed_forward_fp8(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,"
       " Tensor fc1_scale, Tensor fc1_bias, Tensor hidden_bound, Tensor fc2_weight,"

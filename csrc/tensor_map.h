@@ -13,8 +13,7 @@ namespace snapkernels {
 // machine without one loads the library all the same.
 inline cudaError_t encode_tensor_map(
     CUtensorMap* map, const void* data, int rank, const cuuint64_t* sizes,
-    const cuuint64_t* strides, const cuuint32_t* box,
-    CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16) {
+    const cuuint64_t* strides, const cuuint32_t* box, CUtensorMapDataType type) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -32,44 +31,26 @@ inline cudaError_t encode_tensor_map(
   return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Of a contiguous tensor (matrices, rows, columns), in boxes of `box_rows` rows of 64 columns that
-// come to lie as wgmma.cuh has matrices.
+// Of a contiguous tensor (matrices, rows, columns) of items of `bytes`, in boxes of `box_rows` rows
+// of 128 bytes that come to lie as wgmma.cuh has matrices.
 inline cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t matrices,
-                                   int64_t rows, int64_t columns, int box_rows) {
+                                   int64_t rows, int64_t columns, int box_rows,
+                                   CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                   int bytes = 2) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
                               static_cast<cuuint64_t>(matrices)};
-  const cuuint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1]};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1};
-  return encode_tensor_map(map, data, 3, sizes, strides, box);
-}
-
-// Of contiguous rows in 32s, of which those of accumulators come to be together: row 8 b + 2 q + e
-// of 32 as row 8 q + 2 b + e of a box of 64.
-inline cudaError_t make_tensor_map_in_order(CUtensorMap* map, const void* data, int64_t rows,
-                                            int64_t columns) {
-  const cuuint64_t row = 2 * columns;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), 2, 4, 4,
-                              static_cast<cuuint64_t>(rows / 32)};
-  const cuuint64_t strides[] = {row, 8 * row, 2 * row, 32 * row};
-  const cuuint32_t box[] = {64, 2, 4, 4, 2};
-  return encode_tensor_map(map, data, 5, sizes, strides, box);
-}
-
-// Of contiguous rows of items of `bytes`, in boxes of `box_rows` rows of 128 bytes.
-inline cudaError_t make_rows_map(CUtensorMap* map, const void* data, CUtensorMapDataType type,
-                                 int bytes, int64_t rows, int64_t columns, int box_rows) {
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), 1};
   const cuuint64_t strides[] = {bytes * sizes[0], bytes * sizes[0] * sizes[1]};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / bytes),
                             static_cast<cuuint32_t>(box_rows), 1};
   return encode_tensor_map(map, data, 3, sizes, strides, box, type);
 }
 
-// The same, with rows in the order in which each of four lanes has `together` of them that follow
-// each other: of 4 `together`, row `together` q + 2 b + e as row 8 b + 2 q + e.
-inline cudaError_t make_rows_map_in_order(CUtensorMap* map, const void* data,
-                                          CUtensorMapDataType type, int bytes, int64_t rows,
-                                          int64_t columns, int box_rows, int together) {
+// Of contiguous rows in the order in which each of four lanes, which have pairs of accumulators,
+// has `together` of them that follow each other: of 4 `together`, row `together` q + 2 b + e as
+// row 8 b + 2 q + e of a box.
+inline cudaError_t make_tensor_map_in_order(
+    CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows = 64,
+    int together = 8, CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, int bytes = 2) {
   const cuuint64_t row = bytes * columns;
   const cuuint32_t pairs = together / 2;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), 2, 4, pairs,

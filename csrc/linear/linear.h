@@ -25,7 +25,7 @@ struct RowsArguments {
 
 constexpr int kRowsWidths = 256;    // widths are multiples of it, and at most
 constexpr int kRowsMost = 16 * 256;
-constexpr int64_t kRowsCount = 1 << 26;  // at most: units of all tiles are counted in an int
+constexpr int64_t kRowsCount = 1 << 26;  // at most
 
 cudaError_t quantise_rows(const RowsArguments& given, cudaStream_t stream);
 cudaError_t normalise_rows(const RowsArguments& given, cudaStream_t stream);
@@ -55,6 +55,7 @@ cudaError_t product_blocks(int* blocks);
 
 constexpr int kProductColumns = 256;  // columns are multiples of it
 constexpr int kProductDepth = 256;    // and so is what is summed over, in bytes
+constexpr int kProductMost = 1 << 24;  // columns at most: an int counts 72 rows of them
 
 cudaError_t product_fp8(const ProductArguments& given, cudaStream_t stream);
 cudaError_t product_gelu_fp8(const ProductArguments& given, cudaStream_t stream);

@@ -5,10 +5,10 @@
 // each copies half of the rows for both. Rows of the weight come in the order in which a lane's
 // accumulators are columns that follow each other, so it stores 16 bytes at a time.
 //
-// Sums of e4m3 are kept to some 14 bits by the tensor cores, each addend cut to the sum's last: over
-// a long depth that is an error of its own. So after kPromote stages of 128 bytes they are added to
-// sums in float32 and begin anew; one warpgroup does that while the other multiplies. With 0 they
-// are not, which suffices for bfloat16.
+// Sums of e4m3 are kept to some 14 bits by the tensor cores, each addend cut to the sum's last:
+// over a long depth that is an error of its own. So after kPromote stages of 128 bytes they are
+// added to sums in float32 and begin anew; one warpgroup does that while the other multiplies.
+// Those of bfloat16 are float32 to begin with: 0.
 #pragma once
 
 #include "linear/linear.h"
@@ -33,7 +33,8 @@ constexpr int kProductLines = kProductStages * kProductStageBytes;
 constexpr int kProductLinesBytes = 2 * 4 * kProductSlice;
 constexpr int kProductBarriers = kProductLines + kProductConsumers * kProductLinesBytes;
 constexpr int kProductMail = kProductBarriers + 16 * kProductStages;
-constexpr int kProductShared = kProductMail + (16 + 8) * 8;  // records and their barriers
+constexpr int kProductRecords = 8;  // of 16 bytes and a barrier
+constexpr int kProductShared = kProductMail + (16 + 8) * kProductRecords;
 
 // Of the 168 registers a thread that a block of 384 starts with.
 constexpr int kProductCopier = 40;
@@ -43,6 +44,9 @@ constexpr int kProductRegisters = 232;
 // below the other, have the same columns, and so on to the right: what is read at a time is small.
 constexpr int kProductGroup = 8;
 constexpr int kProductUnit = 2;  // stages: of these a tile is as many units as its depth has
+
+template <typename Operand>
+constexpr int kPromote = Operand::kBytes == 1 ? 2 : 0;
 
 // A number that the compiler does not know from before: what follows from it is computed again, and
 // takes no registers until then.
@@ -69,9 +73,10 @@ struct ProductWork {
 };
 
 // What a cluster computes, a tile or a part of one at a time. Either every so many-th tile; or, if
-// tiles may be split, `share` units that follow each other. Who has a tile's beginning
-// ends it: the last piece of a share, and it needs the first pieces of others, done long before.
-// They are of clusters that started before it, so it never waits for one that cannot start.
+// tiles may be split, `share` units that follow each other. Who has a tile's beginning ends it: the
+// last piece of a share, and it needs the first pieces of others. All clusters find room at once
+// (product_blocks); were it not so, shares are counted from the last cluster down, and one waits
+// only for those of smaller numbers, which GPUs have so far started first.
 struct ProductPieces {
   ProductWork work;
   bool split;
@@ -99,8 +104,6 @@ struct ProductRecord {
   int steps;        // stages; none: there is no more
   int end;          // unit before which the tile ends; 0: who has its beginning ends it
 };
-
-constexpr int kProductRecords = 8;
 
 struct ProductRecords {
   uint32_t places, barriers;
@@ -173,15 +176,16 @@ __device__ inline void multiply_stage(ProductSums& sums, uint32_t rows, uint32_t
   multiply_commit();
 }
 
-// The sums of a piece, of which there are `steps()`: of a warpgroup's rows from `first_row` bytes on.
-template <typename Operand, int kPromote, typename Steps>
+// The sums of a piece, of which there are `steps()`: of a warpgroup's rows, `first_row` bytes on.
+template <typename Operand, typename Steps>
 __device__ inline void multiply_tile(ProductSums& sums, const Steps& steps,
                                      Ring<kProductStages, kProductStageBytes>& ring,
                                      uint32_t first_row) {
 #pragma unroll
   for (int half = 0; half < kProductHalves; ++half) clear(sums[half]);
   auto read = ring;
-  if constexpr (kPromote == 0) {
+  constexpr int kStages = kPromote<Operand>;
+  if constexpr (kStages == 0) {
 #pragma unroll 1
     for (int step = 0; step < steps(); ++step) {
       ring.wait_full();
@@ -197,15 +201,16 @@ __device__ inline void multiply_tile(ProductSums& sums, const Steps& steps,
     for (int half = 0; half < kProductHalves; ++half) settle(sums[half]);
     free_slot<kProductBlocks>(read, thread_again() % 128);
   } else {
+    static_assert(kProductUnit % kStages == 0);
 #pragma unroll 1
-    for (int step = 0; step < steps(); step += kPromote) {
+    for (int step = 0; step < steps(); step += kStages) {
 #pragma unroll
       for (int half = 0; half < kProductHalves; ++half) {
         Accumulators<16> part;
         auto at = read;
         multiply_fence();
 #pragma unroll
-        for (int stage = 0; stage < kPromote; ++stage) {
+        for (int stage = 0; stage < kStages; ++stage) {
           if (half == 0) at.wait_full();
           const uint64_t a = matrix_view(at.place() + first_row + half * kProductHalfBytes);
           const uint64_t weight = matrix_view(at.place() + kProductRowsBytes);
@@ -229,7 +234,9 @@ __device__ inline void multiply_tile(ProductSums& sums, const Steps& steps,
         }
       }
 #pragma unroll
-      for (int stage = 0; stage < kPromote; ++stage) free_slot<kProductBlocks>(read, thread_again() % 128);
+      for (int stage = 0; stage < kStages; ++stage) {
+        free_slot<kProductBlocks>(read, thread_again() % 128);
+      }
     }
     ring = read;
   }
@@ -318,16 +325,6 @@ __device__ inline void load_eight(float (&to)[8], uint32_t from) {
                  : "=f"(to[i]), "=f"(to[i + 1]), "=f"(to[i + 2]), "=f"(to[i + 3])
                  : "r"(from + 4 * i)
                  : "memory");
-  }
-}
-
-// Eight bfloat16 added to as many floats.
-__device__ inline void add_pairs(float (&y)[8], const uint4& pairs) {
-  const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    y[2 * i] += bf16_low(words[i]);
-    y[2 * i + 1] += bf16_high(words[i]);
   }
 }
 
@@ -421,7 +418,12 @@ __device__ inline void end_tile(const ProductArguments& of, const ProductSums& s
           words[i][2 * part] = e4m3_four(y[0], y[1], y[2], y[3]);
           words[i][2 * part + 1] = e4m3_four(y[4], y[5], y[6], y[7]);
         } else {
-          if constexpr (!kGelu) add_pairs(y, residual[group][i]);
+          if constexpr (!kGelu) {
+            float added[8];
+            unpacked(added, residual[group][i]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) y[j] += added[j];
+          }
 #pragma unroll
           for (int j = 0; j < 4; ++j) words[i][j] = bf16_pair(y[2 * j], y[2 * j + 1]);
         }
@@ -439,7 +441,7 @@ __device__ inline void end_tile(const ProductArguments& of, const ProductSums& s
   }
 }
 
-template <typename Operand, bool kGelu, int kPromote>
+template <typename Operand, bool kGelu>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap a,
                    const __grid_constant__ CUtensorMap weight, ProductArguments of) {
@@ -479,7 +481,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       ProductSums sums;
       // Read again at every step: a register less.
       const auto steps = [&] { return records.read(again(piece)).steps; };
-      multiply_tile<Operand, kPromote>(sums, steps, ring, first_row * kMatrixRow);
+      multiply_tile<Operand>(sums, steps, ring, first_row * kMatrixRow);
       const ProductRecord done = records.read(again(piece));
       if (done.end == 0) {
         hand_over(of, sums);

@@ -58,6 +58,16 @@ __device__ inline uint32_t e4m3_four(float a, float b, float c, float d) {
   return static_cast<uint32_t>(high) << 16 | low;
 }
 
+// Eight bfloat16 as floats.
+__device__ inline void unpacked(float (&to)[8], const uint4& from) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = bf16_low(words[i]);
+    to[2 * i + 1] = bf16_high(words[i]);
+  }
+}
+
 // x Phi(x), with Phi(x) = 1 / (1 + 2^-(x p(x^2))): p is fitted so that the result is within 0.12 %,
 // a third of a bfloat16's last place, from -5 on, and below within 1e-6.
 __device__ inline float gelu(float x) {

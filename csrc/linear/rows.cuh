@@ -35,15 +35,6 @@ __device__ inline float warp_most(float value) {
   return value;
 }
 
-__device__ inline void unpacked(float (&to)[8], const uint4& from) {
-  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    to[2 * i] = bf16_low(words[i]);
-    to[2 * i + 1] = bf16_high(words[i]);
-  }
-}
-
 // kChunks: of 256 columns, 8 of them a lane's.
 template <int kChunks, bool kQuantised>
 __global__ void __launch_bounds__(32 * kRowsWarps) rows_kernel(RowsArguments given) {

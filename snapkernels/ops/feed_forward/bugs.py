@@ -16,6 +16,7 @@ def _cuda_bug(name: str, file: str, find: str, replace: str) -> Mutant:
 _SCALED = "fmaf(sum * row_scales[i], scales[j], biases[j])"
 _CUDA = (
     _cuda_bug("mean left in", "rows.cuh", "x[i][j] -= mean;", ""),
+    _cuda_bug("eps left out", "rows.cuh", "kWidth + given.eps", "kWidth"),
     _cuda_bug(
         "no turn to hand sums over",
         "product.cuh",
@@ -25,7 +26,7 @@ _CUDA = (
     _cuda_bug(
         "residual left out",
         "product.cuh",
-        "add_pairs(y, residual[group][i]);",
+        "for (int j = 0; j < 8; ++j) y[j] += added[j];",
         ";",
     ),
 )
@@ -54,11 +55,20 @@ _CUDA_FP8 = (
         "some ? of.row_scale[max(row_of(i) - 1, 0)] : 1",
     ),
     _cuda_bug(
-        "sums not promoted",
-        "product.cu",
-        "return launch_product<Fp8, kGelu, kPromote>(of, stream);",
-        "return launch_product<Fp8, kGelu, 0>(of, stream);",
+        "a resident weight times the next tokens",
+        "product_resident.cuh",
+        "tile * kResidentRows + rank * kShare, 0",
+        "(tile + 1) * kResidentRows + rank * kShare, 0",
     ),
+    _cuda_bug(
+        "sums not promoted",
+        "product.cuh",
+        "Operand::kBytes == 1 ? 2 : 0",
+        "0",
+    ),
+)
+_CUDA_ZEROS = _cuda_bug(
+    "a row of zeros divided by its largest", "rows.cuh", "kLeast = 1e-30f", "kLeast = 0"
 )
 _CUDA_HIDDEN = (
     _cuda_bug(
@@ -151,6 +161,7 @@ FEED_FORWARD = (
 )
 LINEAR_FP8 = (
     *_CUDA_FP8,
+    _CUDA_ZEROS,
     _BIAS,
     _STALE_SCALE,
     _MISSING_SCALE,

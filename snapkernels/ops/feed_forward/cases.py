@@ -77,6 +77,14 @@ def linear_cases() -> tuple[Case, ...]:
         # Widths that compiled kernels take, and counts of tokens around their tiles.
         case("tiles", "cpu", (129,), (256, 256), norm=True, residual=True, dtypes=(BF16,)),
         case("one-row", "gpu", (1,), (256, 512), norm=True, dtypes=(BF16,)),
+        case("large-eps-tiles", "gpu", (90,), (256, 256), norm=True, eps=0.1, dtypes=(BF16,)),
+        case(
+            "outlier-tiles", "gpu", (90,), (512, 256), norm=True, dtypes=(BF16,), change=_outliers
+        ),
+        case(
+            "loud-tiles", "gpu", (90,), (256, 256), residual=True, dtypes=(BF16,), change=_outliers
+        ),
+        case("zero-row-tiles", "gpu", (90,), (256, 256), dtypes=(BF16,), change=_zero_rows),
         case("ragged-tiles", "gpu", (3, 100), (768, 256), residual=True, dtypes=(BF16,)),
         case("wide-tiles", "gpu", (513,), (512, 1536), norm=True, residual=True, dtypes=(BF16,)),
         case("bare-tiles", "gpu", (300,), (1024, 768), dtypes=(BF16,)),
@@ -125,6 +133,9 @@ def feed_forward_cases(**options: Any) -> tuple[Case, ...]:
         # Widths that compiled kernels take, and counts of tokens around their tiles.
         case("tiles", "cpu", (129,), (256, 512), dtypes=(BF16,)),
         case("one-row", "gpu", (1,), (256, 1024), dtypes=(BF16,)),
+        case("large-eps-tiles", "gpu", (90,), (256, 512), eps=0.1, dtypes=(BF16,)),
+        case("outlier-tiles", "gpu", (90,), (512, 1024), dtypes=(BF16,), change=_loud_gains),
+        case("zero-row-tiles", "gpu", (90,), (256, 512), dtypes=(BF16,), change=_zero_rows),
         case("ragged-tiles", "gpu", (3, 100), (768, 1536), dtypes=(BF16,)),
         case("many-tiles", "gpu", (513,), (512, 2048), dtypes=(BF16,)),
         # An accumulator of fewer bits than float32 shows.

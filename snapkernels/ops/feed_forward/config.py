@@ -31,7 +31,8 @@ CUDA_COLUMNS = 256  # of a product: two blocks of a cluster have half each
 CUDA_DEPTH = 256  # bytes of what is summed over: two stages, after which sums of e4m3 are promoted
 CUDA_WIDTH = 256  # of a token that is normed or quantised: a warp's 32 lanes have 8 elements each
 CUDA_MOST_WIDTH = 4096  # which a warp's registers hold
-CUDA_MOST_TOKENS = 2**26  # the units of all tiles are counted in an int
+CUDA_MOST_TOKENS = 2**26
+CUDA_MOST_COLUMNS = 2**24  # 72 rows of them are counted in an int
 # Below it cuBLAS and separate passes are faster, of a sublayer 3072 and 12288 wide on an H200; with
 # 12288 tokens they are not.
 CUDA_LEAST_TOKENS = 8192
@@ -168,6 +169,8 @@ def _cuda_refuses(
     for columns, depth in shapes:
         if not columns * depth:
             return f"a matrix is ({columns}, {depth}), without an element"
+        if columns > CUDA_MOST_COLUMNS:
+            return f"a matrix has {columns} rows, more than {CUDA_MOST_COLUMNS}"
         if columns % CUDA_COLUMNS or depth * item % CUDA_DEPTH:
             return (
                 f"a matrix is ({columns}, {depth}), not multiples of {CUDA_COLUMNS} and "

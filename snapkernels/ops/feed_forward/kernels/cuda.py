@@ -33,10 +33,10 @@ def linear(
         None if residual is None else _rows(residual),
         None if norm_weight is None else torch.empty_like(x_MD),
         y_MN,
-        *_parts(x_MD),
+        *((None, None) if norm_weight is None else _parts(x_MD)),
         eps,
     )
-    return y_MN.view(*tokens.shape[:-1], -1)
+    return y_MN.view(*tokens.shape[:-1], len(bias))
 
 
 def linear_fp8(
@@ -65,7 +65,7 @@ def linear_fp8(
         *_parts(x_MD),
         eps,
     )
-    return y_MN.view(*tokens.shape[:-1], -1)
+    return y_MN.view(*tokens.shape[:-1], len(bias))
 
 
 def feed_forward(

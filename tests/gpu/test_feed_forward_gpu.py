@@ -1,0 +1,121 @@
+"""The feed-forward family's CUDA kernels: tensors not finite, empty, strided or misplaced."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from snapkernels import (
+    FeedForwardWeights,
+    feed_forward,
+    feed_forward_fp8,
+    linear,
+    linear_fp8,
+    quantise_feed_forward,
+    quantise_rows,
+)
+from snapkernels.ops.feed_forward.weights import DIMS
+from snapkernels.testing.inputs import random_weights
+
+pytestmark = pytest.mark.gpu
+NAN, INF = float("nan"), float("inf")
+DIM, HIDDEN = 512, 1024
+FP8 = ["linear_fp8", "normed_linear_fp8", "feed_forward_fp8"]
+BF16 = ["linear", "normed_linear", "feed_forward"]
+HIDDEN_VALUES = ["feed_forward", "feed_forward_fp8"]
+
+
+def strided(tensor):
+    """The same numbers, with others between them."""
+    wider = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.shape[-1])
+    wider[..., ::2] = tensor
+    return wider[..., ::2]
+
+
+def call(name, change=lambda tensor: tensor, backend="cuda"):
+    """The sublayer `name` as a function of tokens, `change` made to every other tensor."""
+    torch.manual_seed(0)
+    sizes = {"D": DIM, "F": HIDDEN}
+    w = random_weights(FeedForwardWeights, DIMS, sizes, dtype=torch.bfloat16, device="cuda")
+    norm = {"norm_weight": change(w.norm_weight), "norm_bias": change(w.norm_bias)}
+    if "normed" not in name:
+        norm = {}
+    if name in HIDDEN_VALUES:
+        weights = quantise_feed_forward(w) if name in FP8 else w
+        op = feed_forward_fp8 if name in FP8 else feed_forward
+        return partial(op, weights=type(weights)(*map(change, weights)), backend=backend)
+    bias = change(w.fc1_bias)
+    if name in FP8:
+        matrix, scale = map(change, quantise_rows(w.fc1_weight))
+        given = {"weight": matrix, "weight_scale": scale, "bias": bias}
+        return partial(linear_fp8, **given, **norm, backend=backend)
+    return partial(linear, weight=change(w.fc1_weight), bias=bias, **norm, backend=backend)
+
+
+def tokens(*shape):
+    torch.manual_seed(1)
+    return torch.randn(*shape, DIM, device="cuda").bfloat16()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", BF16 + FP8)
+def test_a_token_that_is_not_finite_spoils_itself_alone(name, bad, gpu):
+    x, run = tokens(2, 300), call(name)
+    spoiled = x.clone()
+    spoiled[1, 200, 9] = bad
+    others = torch.ones(2, 300, dtype=torch.bool)
+    others[1, 200] = False
+    result = run(spoiled)
+    assert not result[1, 200].isfinite().any()
+    assert torch.equal(result[others], run(x)[others])
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_one_huge_value_leaves_what_eager_leaves(name, gpu):
+    """It sets its token's scale: nothing is saturated, and the other tokens are as before."""
+    x = tokens(300)
+    calm = call(name)(x)
+    x[7, 5] = 2.0**40
+    found, expected = (call(name, backend=backend)(x) for backend in ("cuda", "eager"))
+    assert found.isfinite().all()
+    others = torch.arange(300) != 7
+    assert torch.equal(found[others], calm[others])
+    besides = torch.arange(found.shape[-1]) != 5  # where the value itself is, in a residual
+    found, expected = (y[7].double()[besides] for y in (found, expected))
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "eager"])
+@pytest.mark.parametrize("name", BF16 + FP8)
+def test_of_no_tokens_there_is_no_result(name, backend, gpu):
+    run = call(name, backend=backend)
+    for shape in ((0,), (3, 0), (0, 5)):
+        result = run(tokens(*shape))
+        assert result.shape[:-1] == shape and result.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", BF16 + FP8)
+def test_strided_tensors_are_as_good(name, gpu):
+    x = tokens(3, 100)
+    result = call(name)(x)
+    assert torch.equal(result, call(name, strided)(strided(x)))
+    assert torch.equal(result.transpose(0, 1), call(name)(x.transpose(0, 1)))
+    assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("name", BF16 + FP8)
+def test_what_starts_at_an_odd_place_is_refused_or_left_to_others(name, gpu):
+    x = torch.cat([tokens(1).new_zeros(1), tokens(9).flatten()])[1:].view(9, DIM)
+    with pytest.raises(ValueError, match="tokens does not start at a multiple of 16 bytes"):
+        call(name)(x)
+    expected = call(name, backend="eager")(x.clone())
+    assert (call(name, backend=None)(x) - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", BF16 + FP8)
+def test_repeats_are_equal_in_every_bit(name, gpu):
+    """Also where clusters hand sums to each other, as of 300 tokens."""
+    x, run = tokens(300), call(name)
+    first = run(x)
+    for _ in range(100):
+        assert torch.equal(run(x), first)
