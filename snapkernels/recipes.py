@@ -7,7 +7,7 @@ absorbed. The rest keeps the weights' dtype:
 - stem, head and conditioning are under 1 % of the work, and no later layer mends what they round:
   pixels pass through the first two, sigma and the text through the third;
 - the conditioning read is 2 % at most, and in the first block nearly all that is in the latents:
-  quantised too, it makes the error of the 500M model 24 % larger, at random weights;
+  quantised too, it would make more of the error than any other kind (`bench/fp8_error.py`);
 - LayerNorms, biases, positions and the initial latents are vectors, each read once;
 - the projections of read and write are folded into their attention where that is less work
   (`snapkernels/ops/group_attn`), in kernels of the weights' dtype;

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from snapkernels import RECIPES, FeedForward, quantise
+from snapkernels.testing.numerics import relative_rms
 from snapvideo_core import FIT, CheckpointError, checkpoint, load_model, save_model
 from snapvideo_core.config import TINY, TINY_UP
 
@@ -71,7 +72,13 @@ def test_what_is_loaded_is_what_was_saved(
     assert grads == {recipe == "bf16"}
     video = torch.randn(1, 3, config.frames, config.height, config.width, generator=rng)
     call = (video, torch.ones(1), conditioning(config, 1, rng))
-    assert all(torch.equal(a, b) for a, b in zip(model(*call), loaded(*call), strict=True))
+    expected = model(*call)
+    for found, other in zip(loaded(*call), expected, strict=True):
+        assert relative_rms(found, other) < 1e-2
+    # Equal to the bit only from memory that begins as theirs does: a CPU sums in an order of that.
+    copies = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    loaded.load_state_dict(copies, assign=True)
+    assert all(torch.equal(a, b) for a, b in zip(loaded(*call), expected, strict=True))
 
 
 def test_an_fp8_file_is_half_a_bf16_one(saved, rng, random_fit, tmp_path):

@@ -17,6 +17,11 @@ from snapkernels.ops.feed_forward.weights import FeedForwardWeights, Fp8FeedForw
 
 Layer = Callable[..., torch.Tensor]
 
+_MOST_TUNED: dict[str, str | int | bool | Callable[..., Any]] = {
+    "max_autotune": True,
+    "coordinate_descent_tuning": True,
+    "max_autotune_gemm_backends": "ATEN",
+}
 _MATRICES = WeakTensorKeyDictionary()  # {an op's e4m3 matrix: torchao's form of it}
 
 
@@ -45,9 +50,11 @@ def _torchao_feed_forward(
 def compiled(layer: Layer) -> Layer:
     """`layer` compiled, a compilation a shape; too many of them raise an error.
 
-    As torchao's users have it, but for CUDA graphs, which the bench records itself.
+    As torchao's users have it, by the options of max-autotune, but for CUDA graphs, which the bench
+    records itself, and for Triton's products: it tries 105 a matrix, for a minute or two, and of
+    four matrices of the cases none was faster than cuBLAS's.
     """
-    return torch.compile(layer, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs")
+    return torch.compile(layer, dynamic=False, fullgraph=True, options=_MOST_TUNED)
 
 
 def _matrix(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
