@@ -33,8 +33,8 @@ LATENT_ATTENTION_FP8 = (
     _triton_bug(
         "P's scale lost",
         "triton_core",
-        "(highest_Q - LOG2_255)[:, None]",
-        "highest_Q[:, None]",
+        "* P_MOST + TO_INTEGER",
+        "+ TO_INTEGER",
     ),
     _triton_bug(
         "P's shift not made good",

@@ -21,7 +21,6 @@ TRITON_KEYS = 128  # of a tile, which has one scale for its keys and one for its
 TRITON_MOST_CHANNELS = 128  # of a head
 TRITON_LEAST_QUERIES = 16  # of a product
 TRITON_LEAST_DEPTH = 32  # of a product of 8-bit numbers
-TRITON_MOST_PROGRAMS = 2**31 - 1  # of a launch
 TRITON_KEYS_WARPS = 8
 TRITON_CORE_WARPS = 8
 TRITON_CORE_STAGES = 2  # 32 KB each, beside 16 KB of queries: the 99 KB of an sm_89 have no third

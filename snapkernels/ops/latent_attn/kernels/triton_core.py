@@ -23,10 +23,9 @@ from snapkernels.ops.latent_attn.kernels.triton_int8 import (
 from snapkernels.ops.latent_attn.kernels.triton_keys import Keys
 
 LOG2_E = 1.4426950408889634
-LOG2_255 = tl.constexpr(7.994353436858858)
 # P is from 0 to 255 and the products are of signed integers: P - 128 is multiplied, and 128 times
 # the values' sum is added. So P keeps the bit that its sign would take.
-P_SHIFT = tl.constexpr(128)
+P_MOST, P_SHIFT = tl.constexpr(255.0), tl.constexpr(128)
 
 
 @triton.jit
@@ -75,7 +74,7 @@ def core_kernel(
         # By the tile's own largest: a key of another tile that outweighs it costs it no bits.
         highest_Q = tl.max(scores_QK, axis=1)
         # A score that is NaN is NaN in the total, if nowhere else.
-        shifted_QK = tl.exp2(scores_QK - (highest_Q - LOG2_255)[:, None]) + TO_INTEGER
+        shifted_QK = tl.exp2(scores_QK - highest_Q[:, None]) * P_MOST + TO_INTEGER
         P_QK = (shifted_QK.to(tl.int32, bitcast=True) - P_SHIFT).to(tl.int8)
         of_tile_QE = tl.dot(P_QK, tl.trans(tl.load(p_EK)))
         of_tile_QE += P_SHIFT * tl.load(p_sum_E)[None, :]
