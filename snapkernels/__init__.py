@@ -14,8 +14,9 @@ from snapkernels.ops.group_attn.op import group_read, group_write
 from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 from snapkernels.ops.head.op import head, head_loss, head_mix, video_mix
 from snapkernels.ops.head.weights import HeadWeights
-from snapkernels.ops.latent_attn.op import latent_attention
-from snapkernels.ops.latent_attn.weights import SelfAttentionWeights
+from snapkernels.ops.latent_attn.op import latent_attention, latent_attention_fp8
+from snapkernels.ops.latent_attn.quantise import quantise_latent_attention
+from snapkernels.ops.latent_attn.weights import Fp8SelfAttentionWeights, SelfAttentionWeights
 from snapkernels.ops.noise.op import forward_process
 from snapkernels.ops.patch.op import patchify, unpatchify
 from snapkernels.ops.stem.op import stem
@@ -32,6 +33,7 @@ __all__ = [
     "Fp8GroupRead",
     "Fp8GroupWrite",
     "Fp8LatentAttention",
+    "Fp8SelfAttentionWeights",
     "GroupRead",
     "GroupWrite",
     "HeadWeights",
@@ -48,11 +50,13 @@ __all__ = [
     "head_loss",
     "head_mix",
     "latent_attention",
+    "latent_attention_fp8",
     "linear",
     "linear_fp8",
     "patchify",
     "quantise",
     "quantise_feed_forward",
+    "quantise_latent_attention",
     "quantise_rows",
     "stem",
     "unpatchify",

@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from snapkernels.modules import EPS, FeedForward, GroupRead, GroupWrite, LatentAttention
 from snapkernels.ops.feed_forward.op import feed_forward_fp8, linear_fp8
 from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
 from snapkernels.ops.feed_forward.weights import FP8_DTYPES, Fp8FeedForwardWeights
 from snapkernels.ops.group_attn.eager import attended
+from snapkernels.ops.latent_attn.op import latent_attention_fp8
+from snapkernels.ops.latent_attn.quantise import quantise_latent_attention
+from snapkernels.ops.latent_attn.weights import FP8_DTYPES as ATTENTION_FP8_DTYPES
+from snapkernels.ops.latent_attn.weights import Fp8SelfAttentionWeights
 
 # What these modules compute, in the words that `Recipe` has for it.
 E4M3_ROWS = "e4m3, a scale a row: its largest magnitude / 448"
@@ -65,13 +68,59 @@ class Fp8FeedForward(Fp8Module):
         return feed_forward_fp8(tokens, self.weights(), eps=EPS, backend=self.backend)
 
 
-class _Fp8Attention(Fp8Module):
-    """An attention whose projections are fp8; its core multiplies no weights and stays as it was.
+class Fp8LatentAttention(Fp8Module):
+    """`latent_attention_fp8` with its weights, those of a `LatentAttention` quantised."""
+
+    fixed = tuple(ATTENTION_FP8_DTYPES)
+    formats: ClassVar = {"weights": E4M3_ROWS, "inputs": E4M3_ROWS}
+
+    def __init__(self, layer: LatentAttention):
+        super().__init__()
+        self.num_heads = layer.num_heads
+        self.backend = layer.backend
+        for name, tensor in quantise_latent_attention(layer.weights())._asdict().items():
+            self.register_buffer(name, tensor)
+
+    def weights(self) -> Fp8SelfAttentionWeights:
+        """The buffers as the op takes them."""
+        names = Fp8SelfAttentionWeights._fields
+        return Fp8SelfAttentionWeights(*(getattr(self, name) for name in names))
+
+    def forward(self, latents_BLD: torch.Tensor) -> torch.Tensor:
+        """(B, L, dim) -> (B, L, dim).
+
+        Raises:
+            ValueError: the latents are not of three dimensions, or not those of the weights.
+        """
+        if latents_BLD.dim() != 3:
+            got = tuple(latents_BLD.shape)
+            raise ValueError(f"Fp8LatentAttention: latents must be (B, L, dim), got {got}")
+        return latent_attention_fp8(
+            latents_BLD, self.weights(), num_heads=self.num_heads, eps=EPS, backend=self.backend
+        )
+
+
+class _Fp8CrossAttention(Fp8Module):
+    """A cross-attention with its projections in fp8, k and v as one; its core stays as it was.
 
     A projection called q has its numbers in q_weight, q_scale and q_bias.
     """
 
+    fixed = ("q_weight", "q_scale", "kv_weight", "kv_scale", "o_weight", "o_scale")
     formats: ClassVar = {"weights": E4M3_ROWS, "inputs": E4M3_ROWS}
+
+    def __init__(self, layer: GroupRead | GroupWrite):
+        super().__init__()
+        self.num_heads = layer.num_heads
+        self.backend = layer.backend
+        w = layer.weights()
+        self._keep_norm("q_norm", w.q_norm_weight, w.q_norm_bias)
+        self._keep_norm("kv_norm", w.kv_norm_weight, w.kv_norm_bias)
+        self._keep_projection("q", w.q_weight, w.q_bias)
+        self._keep_projection(
+            "kv", torch.cat([w.k_weight, w.v_weight]), torch.cat([w.k_bias, w.v_bias])
+        )
+        self._keep_projection("o", w.o_weight, w.o_bias)
 
     def _keep_projection(self, name: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
         rows, scale = quantise_rows(weight)
@@ -103,60 +152,6 @@ class _Fp8Attention(Fp8Module):
             eps=EPS,
             backend=self.backend,
         )
-
-
-class Fp8LatentAttention(_Fp8Attention):
-    """A `LatentAttention` with its projections in fp8, q, k and v as one."""
-
-    fixed = ("qkv_weight", "qkv_scale", "o_weight", "o_scale")
-
-    def __init__(self, layer: LatentAttention):
-        super().__init__()
-        self.num_heads = layer.num_heads
-        self.backend = layer.backend
-        w = layer.weights()
-        self._keep_norm("norm", w.norm_weight, w.norm_bias)
-        self._keep_projection(
-            "qkv",
-            torch.cat([w.q_weight, w.k_weight, w.v_weight]),
-            torch.cat([w.q_bias, w.k_bias, w.v_bias]),
-        )
-        self._keep_projection("o", w.o_weight, w.o_bias)
-
-    def forward(self, latents_BLD: torch.Tensor) -> torch.Tensor:
-        """(B, L, dim) -> (B, L, dim).
-
-        Raises:
-            ValueError: the latents are not of three dimensions, or not those of the weights.
-        """
-        if latents_BLD.dim() != 3:
-            got = tuple(latents_BLD.shape)
-            raise ValueError(f"Fp8LatentAttention: latents must be (B, L, dim), got {got}")
-        qkv = self._project("qkv", latents_BLD, norm="norm")
-        # (B, H, L, E) views: E dimensions of each of H heads.
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        # To the latents' dtype, which autocast would have SDPA change.
-        context_BHLE = scaled_dot_product_attention(q, k, v).to(latents_BLD.dtype)
-        return self._project("o", context_BHLE.transpose(1, 2).flatten(2), residual=latents_BLD)
-
-
-class _Fp8CrossAttention(_Fp8Attention):
-    """A cross-attention with its projections in fp8, k and v as one."""
-
-    fixed = ("q_weight", "q_scale", "kv_weight", "kv_scale", "o_weight", "o_scale")
-
-    def __init__(self, layer: GroupRead | GroupWrite):
-        super().__init__()
-        self.num_heads = layer.num_heads
-        self.backend = layer.backend
-        w = layer.weights()
-        self._keep_norm("q_norm", w.q_norm_weight, w.q_norm_bias)
-        self._keep_norm("kv_norm", w.kv_norm_weight, w.kv_norm_bias)
-        self._keep_projection("q", w.q_weight, w.q_bias)
-        self._keep_projection(
-            "kv", torch.cat([w.k_weight, w.v_weight]), torch.cat([w.k_bias, w.v_bias])
-        )
-        self._keep_projection("o", w.o_weight, w.o_bias)
 
     def _updated(
         self, q_tokens: torch.Tensor, kv_tokens: torch.Tensor, mask_BGK: torch.Tensor | None

@@ -11,7 +11,8 @@ absorbed. The rest keeps the weights' dtype:
 - LayerNorms, biases, positions and the initial latents are vectors, each read once;
 - the projections of read and write are folded into their attention where that is less work
   (`snapkernels/ops/group_attn`), in kernels of the weights' dtype;
-- the cores of the attentions multiply no weights.
+- the cores of read and write multiply no weights. Nor does that of latent attention, which Triton
+  computes in 8-bit integers (`snapkernels/ops/latent_attn`).
 """
 
 from collections import Counter

@@ -153,6 +153,7 @@ class Backend:
         refuses: with the same arguments as `run`, why it cannot run them, or None.
         declines: likewise, why it does not pay to run them although it can, or None. Who names it
             gets it all the same.
+        library: of a compiled one, the ops of the library that it calls; none for its own name's.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Backend:
     differentiable: bool = True
     refuses: Callable[..., str | None] = lambda *_: None
     declines: Callable[..., str | None] = lambda *_: None
+    library: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,8 @@ TRITON_DTYPES = {
     torch.float64: "*fp64",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.bool: "*i1",
 }
 

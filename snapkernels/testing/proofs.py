@@ -414,8 +414,9 @@ def library() -> None:
     """The CUDA library loads, has its schemas, and no kernel of it spills."""
     assert extension.load() is None, extension.load()
     for name, op in OPS.items():
-        if any(backend.name == "cuda" for backend in op.spec.backends):
-            assert hasattr(torch.ops.snapkernels_cuda, name), f"no schema of {name}"
+        for backend in (one for one in op.spec.backends if one.name == "cuda"):
+            for called in backend.library or (name,):
+                assert hasattr(torch.ops.snapkernels_cuda, called), f"no schema of {called}"
     usage = aot.resources(aot.dump("--dump-resource-usage", extension.LIBRARY))
     assert usage, "the library holds no machine code"
     assert not any(stack for _, stack in usage), f"a kernel spills: (registers, bytes) {usage}"

@@ -25,9 +25,15 @@ GLOBAL = ("global: qkvo", "global: attention")
         ("group_write", "up", "3.9b-up", 1, WRITE),
         ("group_write", "3.9b-b16", "3.9b", 16, WRITE),
         ("group_write", "500m-b64", "500m", 64, WRITE),
-        ("latent_attention", "3.9b", "3.9b", 16, GLOBAL),
-        ("latent_attention", "up", "3.9b-up", 1, GLOBAL),
-        ("latent_attention", "500m-b64", "500m", 64, GLOBAL),
+        *(
+            (name, *case)
+            for name in ("latent_attention", "latent_attention_fp8")
+            for case in (
+                ("3.9b", "3.9b", 16, GLOBAL),
+                ("up", "3.9b-up", 1, GLOBAL),
+                ("500m-b64", "500m", 64, GLOBAL),
+            )
+        ),
         *(
             (name, *case)
             for name in ("feed_forward", "feed_forward_fp8")

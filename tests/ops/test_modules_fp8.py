@@ -10,8 +10,10 @@ from snapkernels import (
     Fp8LatentAttention,
     LatentAttention,
     feed_forward_fp8,
+    latent_attention_fp8,
     linear_fp8,
     quantise_feed_forward,
+    quantise_latent_attention,
     quantise_rows,
 )
 
@@ -35,7 +37,21 @@ def test_a_feed_forward_calls_the_function(tokens):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", [None, "reference", "triton"])
+def test_a_latent_attention_calls_the_function(backend, tokens):
+    layer = LatentAttention(32, 8, backend=backend).eval()
+    layer.norm.bias.normal_()
+    quantised, weights = Fp8LatentAttention(layer), quantise_latent_attention(layer.weights())
+    assert all(torch.equal(a, b) for a, b in zip(quantised.weights(), weights, strict=True))
+    assert list(quantised.state_dict()) == list(weights._fields)
+    assert not list(quantised.parameters())
+    expected = latent_attention_fp8(tokens, weights, num_heads=4, eps=1e-6, backend=backend)
+    assert torch.equal(quantised(tokens), expected)
+
+
+@torch.no_grad()
 def test_latent_attention_is_two_linears_around_the_core(tokens):
+    """k's bias is another, which the softmax does not see."""
     layer = LatentAttention(32, 8).eval()
     for name, parameter in layer.named_parameters():
         if name.startswith("norm") or name.endswith("bias"):
@@ -62,7 +78,7 @@ def test_q_k_and_v_are_views_of_one_product(tokens, monkeypatch):
         seen.extend(heads)
         return scaled_dot_product_attention(*heads)
 
-    monkeypatch.setattr("snapkernels.modules_fp8.scaled_dot_product_attention", core)
+    monkeypatch.setattr("snapkernels.ops.latent_attn.eager_fp8.scaled_dot_product_attention", core)
     layer = Fp8LatentAttention(LatentAttention(32, 8).eval())
     with torch.no_grad():
         layer(tokens)

@@ -116,7 +116,7 @@ def test_it_is_as_near_the_truth_as_plain_fp8(way, mask, rng):
 
 def without(part):
     """`_project` that leaves out one of its parts."""
-    real = modules_fp8._Fp8Attention._project
+    real = modules_fp8._Fp8CrossAttention._project
 
     def project(self, name, tokens, *, norm=None, residual=None):
         if part == norm:
@@ -125,7 +125,7 @@ def without(part):
             residual = None
         return real(self, name, tokens, norm=norm, residual=residual)
 
-    return {"_Fp8Attention._project": project}
+    return {"_Fp8CrossAttention._project": project}
 
 
 def attended_as(change):

@@ -1,0 +1,75 @@
+"""Launch choices of the latent attention's kernels, and what each backend can take.
+
+None of Triton's choices is measured against another: what stands here is what fits. A program of
+128 queries has 64 sums of its context a thread, 64 of a tile's and, of 128 keys, 64 scores.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from snapkernels.ops.feed_forward.config import (
+    CUDA_MOST_WIDTH,
+    TRITON_MOST_WIDTH,
+    cuda_refuses_linear_fp8,
+    triton_refuses_fp8,
+)
+from snapkernels.ops.latent_attn.weights import Fp8SelfAttentionWeights
+
+TRITON_QUERIES = 128  # of a program
+TRITON_KEYS = 128  # of a tile, which has one scale for its keys and one for its values
+TRITON_MOST_CHANNELS = 128  # of a head
+TRITON_LEAST_QUERIES = 16  # of a product
+TRITON_LEAST_DEPTH = 32  # of a product of 8-bit numbers
+TRITON_KEYS_WARPS = 8
+TRITON_CORE_WARPS = 8
+TRITON_CORE_STAGES = 2  # 32 KB each, beside 16 KB of queries: the 99 KB of an sm_89 have no third
+
+
+class CoreBlocks(NamedTuple):
+    """Queries of a program, keys of a tile and channels of a head, padded: powers of two."""
+
+    q: int
+    k: int
+    e: int
+
+
+def core_blocks(latents: int, channels: int) -> CoreBlocks:
+    """The blocks for `latents` tokens of a video and heads of `channels`."""
+    tokens = power_of_two(latents)
+    return CoreBlocks(
+        max(TRITON_LEAST_QUERIES, min(tokens, TRITON_QUERIES)),
+        max(TRITON_LEAST_DEPTH, min(tokens, TRITON_KEYS)),
+        max(TRITON_LEAST_DEPTH, power_of_two(channels)),
+    )
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two from `least` on."""
+    return 1 << (least - 1).bit_length()
+
+
+def cuda_refuses(
+    latents: torch.Tensor, w: Fp8SelfAttentionWeights, num_heads: int, eps: float
+) -> str | None:
+    """Why the CUDA kernels cannot multiply `latents` by the matrices of `w`, or None."""
+    inner = w.o_weight.shape[1]
+    if inner > CUDA_MOST_WIDTH:
+        return f"the inner width is {inner}, more than {CUDA_MOST_WIDTH}"
+    norm = w.norm_weight, w.norm_bias
+    qkv, o = (w.qkv_weight, w.qkv_scale, w.qkv_bias), (w.o_weight, w.o_scale, w.o_bias)
+    return cuda_refuses_linear_fp8(latents, *qkv, *norm, None, eps) or cuda_refuses_linear_fp8(
+        latents, *o, *norm, latents, eps
+    )
+
+
+def triton_refuses(
+    latents: torch.Tensor, w: Fp8SelfAttentionWeights, num_heads: int, eps: float
+) -> str | None:
+    """Why the Triton kernels cannot run the sublayer on `latents`, or None."""
+    inner = w.o_weight.shape[1]
+    if inner > TRITON_MOST_WIDTH:
+        return f"the inner width is {inner}, more than {TRITON_MOST_WIDTH}"
+    if inner > TRITON_MOST_CHANNELS * num_heads:
+        return f"a head has {inner // num_heads} channels, more than {TRITON_MOST_CHANNELS}"
+    return triton_refuses_fp8(latents)

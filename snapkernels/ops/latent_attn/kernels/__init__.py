@@ -1,0 +1,1 @@
+"""Kernels of the latent attention family."""

@@ -1,0 +1,163 @@
+"""latent_attention_fp8: its weights, what frees k's bias, NaN, backends, bad input."""
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+from snapkernels import (
+    SelfAttentionWeights,
+    extension,
+    latent_attention,
+    latent_attention_fp8,
+    linear_fp8,
+    quantise_latent_attention,
+    quantise_rows,
+)
+from snapkernels.ops.latent_attn import config, reference
+from snapkernels.ops.latent_attn.weights import DIMS
+from snapkernels.registry import OPS
+from snapkernels.testing.inputs import random_weights
+from snapkernels.testing.numerics import relative_rms, same_bits, widened
+
+EPS = 1e-6
+HEADS = 3
+NAN, INF = float("nan"), float("inf")
+
+
+def weights_of(rng, dim=40, inner=48, dtype=torch.float32):
+    sizes = {"D": dim, "I": inner}
+    return random_weights(SelfAttentionWeights, DIMS, sizes, dtype=dtype, generator=rng)
+
+
+def multiplied_out(numbers, scale):
+    return numbers.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_quantised_by_output_row_q_k_and_v_as_one(dtype, rng):
+    w = weights_of(rng, dtype=dtype)
+    quantised = quantise_latent_attention(w)
+    whole = torch.cat([w.q_weight, w.k_weight, w.v_weight])
+    for name, matrix in (("qkv", whole), ("o", w.o_weight)):
+        numbers, scale = quantise_rows(matrix)
+        assert same_bits(getattr(quantised, f"{name}_weight"), numbers)
+        assert torch.equal(getattr(quantised, f"{name}_scale"), scale)
+    q_bias, _, v_bias = quantised.qkv_bias.chunk(3)
+    assert torch.equal(q_bias, w.q_bias) and torch.equal(v_bias, w.v_bias)
+    assert quantised.qkv_bias.dtype == dtype and torch.equal(quantised.o_bias, w.o_bias)
+    assert not any(one.requires_grad for one in quantised)
+    shapes = [one.shape for one in quantised]
+    on_meta = quantise_latent_attention(SelfAttentionWeights(*(one.to("meta") for one in w)))
+    assert [one.shape for one in on_meta] == shapes
+
+
+def test_a_constant_in_every_key_drops_out_and_takes_their_mean_with_it(rng):
+    """The softmax is of differences: k's bias is free, and cancels what LayerNorm's bias adds."""
+    w = weights_of(rng)
+    w = w._replace(norm_bias=3 * torch.randn(40, generator=rng))
+    latents = torch.randn(2, 500, 40, generator=rng)
+    quantised = quantise_latent_attention(w)
+    trained = quantised.qkv_bias.clone()
+    trained[48:96] = w.k_bias
+    wide, as_trained = widened((quantised, quantised._replace(qkv_bias=trained)))
+    one, other = (
+        reference.latent_attention_fp8(latents.double(), w, HEADS, EPS) for w in (wide, as_trained)
+    )
+    assert relative_rms(one - latents, other - latents) < 1e-13
+
+    u = layer_norm(latents.double(), (40,), wide.norm_weight, wide.norm_bias, EPS)
+    k_ID = multiplied_out(quantised.qkv_weight, quantised.qkv_scale)[48:96]
+    centred, before = (u @ k_ID.T + one.qkv_bias[48:96] for one in (wide, as_trained))
+
+    def mean_beside_spread(keys):
+        return (keys.mean((0, 1)).norm() / keys.std((0, 1)).norm()).item()
+
+    assert mean_beside_spread(centred) < 0.1 < 1 < mean_beside_spread(before)
+
+
+def test_eager_is_two_linears_around_sdpa(rng):
+    latents, w = torch.randn(2, 9, 40, generator=rng), quantise_latent_attention(weights_of(rng))
+    norm = {"norm_weight": w.norm_weight, "norm_bias": w.norm_bias}
+    qkv = linear_fp8(latents, w.qkv_weight, w.qkv_scale, w.qkv_bias, **norm, backend="eager")
+    heads = (one.unflatten(-1, (HEADS, -1)).transpose(1, 2) for one in qkv.chunk(3, -1))
+    context = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    o = w.o_weight, w.o_scale, w.o_bias
+    expected = linear_fp8(context, *o, residual=latents, backend="eager")
+    found = latent_attention_fp8(latents, w, num_heads=HEADS, backend="eager")
+    torch.testing.assert_close(found, expected)
+
+
+def test_it_is_near_the_sublayer_that_it_was_made_of(rng):
+    latents, w = torch.randn(2, 30, 40, generator=rng), weights_of(rng)
+    found = latent_attention_fp8(latents, quantise_latent_attention(w), num_heads=HEADS)
+    plain = latent_attention(latents, w, num_heads=HEADS)
+    assert 0.01 < relative_rms(found - latents, plain - latents) < 0.08
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_latent_that_is_not_finite_spoils_its_video_alone(backend, bad, rng):
+    """Not by eager: PyTorch's SDPA on a CPU loses some of it."""
+    latents = torch.randn(3, 9, 40, generator=rng)
+    w = quantise_latent_attention(weights_of(rng))
+    clean = latent_attention_fp8(latents, w, num_heads=HEADS, backend=backend)
+    latents[1, 4, 7] = bad
+    found = latent_attention_fp8(latents, w, num_heads=HEADS, backend=backend)
+    assert not found[1].isfinite().any()
+    assert same_bits(found[::2], clean[::2])
+
+
+def test_it_has_no_gradient_and_says_so(rng):
+    w = quantise_latent_attention(weights_of(rng))
+    latents = torch.randn(1, 3, 40, generator=rng, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^latent_attention_fp8: latents has no gradient here"):
+        latent_attention_fp8(latents, w, num_heads=HEADS)
+    with torch.no_grad():
+        assert not latent_attention_fp8(latents, w, num_heads=HEADS).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(7, 40)}, "latents must have 3 dimensions"),
+        ({"latents": torch.zeros(2, 7, 41)}, "weights.norm_weight has D = 40"),
+        ({"latents": torch.zeros(2, 7, 40).bfloat16()}, "norm_weight must be torch.bfloat16"),
+        ({"num_heads": 7}, "I = 48 is not divisible by num_heads = 7"),
+        ({"qkv_weight": torch.zeros(144, 40)}, "qkv_weight must be torch.float8_e4m3fn"),
+        ({"o_scale": torch.zeros(40).double()}, "o_scale must be torch.float32"),
+        ({"o_weight": torch.zeros(40, 64).to(torch.float8_e4m3fn)}, "J = 144, but J = 3 . I = 192"),
+    ],
+)
+def test_it_names_what_is_wrong(change, message, rng):
+    w = quantise_latent_attention(weights_of(rng))
+    fields = {name: change.pop(name) for name in w._fields if name in change}
+    given = {"latents": torch.zeros(2, 7, 40), "num_heads": HEADS} | change
+    with pytest.raises(ValueError, match=f"^latent_attention_fp8: .*{message}"):
+        latent_attention_fp8(weights=w._replace(**fields), **given)
+
+
+def call_of(rng, dim, inner, heads, dtype=torch.bfloat16):
+    w = quantise_latent_attention(weights_of(rng, dim, inner, dtype))
+    return torch.zeros(1, 2, dim, dtype=dtype), w, heads, EPS
+
+
+def test_cuda_takes_what_its_products_take(rng, monkeypatch):
+    assert "CUDA tensor" in config.cuda_refuses(*call_of(rng, 256, 256, 2))
+    monkeypatch.setattr(extension, "refuses", lambda tensor: None)
+    assert config.cuda_refuses(*call_of(rng, 256, 512, 2)) is None
+    refused = {
+        "float32, not torch.bfloat16": call_of(rng, 256, 256, 2, torch.float32),
+        "a token is 128 wide": call_of(rng, 128, 256, 2),
+        "a matrix is (384, 256)": call_of(rng, 256, 128, 2),
+        "the inner width is 4352, more than 4096": call_of(rng, 256, 4352, 34),
+    }
+    for reason, call in refused.items():
+        assert reason in config.cuda_refuses(*call)
+    latents, *rest = call_of(rng, 256, 256, 2)
+    moved = latents.new_zeros(latents.numel() + 1)[1:].view(latents.shape)
+    assert "does not start at a multiple of 16 bytes" in config.cuda_refuses(moved, *rest)
+
+
+def test_the_order_is_cuda_triton_eager():
+    spec = OPS["latent_attention_fp8"].spec
+    assert [one.name for one in spec.backends] == ["cuda", "triton", "eager", "reference"]
