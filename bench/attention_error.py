@@ -56,6 +56,7 @@ class Distribution:
     latent_outliers: float = 1.0  # factor of every 17th channel of the latents
     outlier_head: float = 1.0  # factor of head 0's k
     outlier_channels: float = 1.0  # factor of k's every 16th channel; q's has the inverse
+    outlier_values: float = 1.0  # likewise of v's, and of o's columns
     k_bias: float = 0.1  # deviation
     v_bias: float = 0.1  # deviation
     kept: int = 1  # all tokens but every such one are zeros
@@ -72,7 +73,7 @@ class Format:
     smooth: bool = False  # k's bias is -W_k norm_bias: constant over keys, it leaves the softmax
     fold: bool = False  # v's constant part goes past the core, into o's bias
     rotate: bool = False  # q and k by a Hadamard matrix
-    balance: bool = False  # q's channels by t and k's by 1 / t, t from the weights
+    balance: bool = False  # channels: q by t, k by 1 / t, v by 1 / u and its average by u
 
 
 SHAPES = {"500m": Shape(512, 1024, 64), "3.9b": Shape(768, 3072, 128)}
@@ -86,6 +87,7 @@ DISTRIBUTIONS = {
     "latent_outliers": Distribution(latent_outliers=50),
     "outlier_head": Distribution(outlier_head=50),
     "outlier_channels": Distribution(outlier_channels=50),
+    "outlier_values": Distribution(outlier_values=50),
     "k_bias": Distribution(k_bias=10),
     "v_bias": Distribution(v_bias=2),
     "zeros": Distribution(kept=2),
@@ -229,11 +231,12 @@ def draw(
     deviations = (0.1, odd.k_bias, odd.v_bias, 0.1)
     q_bias, k_bias, v_bias, o_bias = (deviation * normal(D) for deviation in deviations)
     q, k = q * odd.qk_gain, k * odd.qk_gain
-    k_factor = torch.ones(D)
-    k_factor[::16] = odd.outlier_channels
+    k_factor, v_factor = torch.ones(2, D)
+    k_factor[::16], v_factor[::16] = odd.outlier_channels, odd.outlier_values
     q, q_bias = q / k_factor[:, None], q_bias / k_factor
     k_factor[:E] *= odd.outlier_head
     k, k_bias = k * k_factor[:, None], k_bias * k_factor
+    v, v_bias, o = v * v_factor[:, None], v_bias * v_factor, o / v_factor
     latents_LD = normal(shape.tokens, D) + odd.latent_mean * normal(D)
     latents_LD[:, ::17] *= odd.latent_outliers
     latents_LD[torch.arange(shape.tokens) % odd.kept > 0] = 0
@@ -276,19 +279,23 @@ def branch(
     z_LD = rounded_rows(_normalised(latents_LD, w))
     projections = ((w.q_weight, w.q_bias), (w.k_weight, w.k_bias), (w.v_weight, w.v_bias))
     q_HLE, k_HME, v_HME = (_heads(z_LD @ matrix.T + b, head_dim) for matrix, b in projections)
-    assert form.qk != "e4m3_bound" or not (form.balance or form.rotate), "it is of q and k before"
-    q_bound, k_bound, v_bound = (bound(w, matrix, b, head_dim) for matrix, b in projections)
+    u_H1E = torch.ones_like(v_HME[:, :1])
+    bounds = [bound(w, matrix, b, head_dim) for matrix, b in projections]
     if form.balance:
-        t_H1E = balance(w, head_dim)
-        q_HLE, k_HME = q_HLE * t_H1E, k_HME / t_H1E
+        t_H1E, u_H1E = balance(w, head_dim)
+        factors = (t_H1E, 1 / t_H1E, 1 / u_H1E)
+        q_HLE, k_HME, v_HME = q_HLE * factors[0], k_HME * factors[1], v_HME * factors[2]
+        bounds = [b * factor for b, factor in zip(bounds, factors, strict=True)]
     if form.rotate:
+        assert form.qk != "e4m3_bound", "the bound is of what is not rotated"
         turn_EE = hadamard(head_dim, q_HLE.device)
         q_HLE, k_HME = q_HLE @ turn_EE, k_HME @ turn_EE
+    q_bound, k_bound, v_bound = (b.amax(-1, keepdim=True) for b in bounds)
     q_HLE, k_HME = NUMBERS[form.qk](q_HLE, q_bound), NUMBERS[form.qk](k_HME, k_bound)
     v_HME = NUMBERS[form.v](v_HME, v_bound)
     scores_HLM = q_HLE @ k_HME.mT * head_dim**-0.5
     p_HLM = SOFTMAX[form.p](scores_HLM - scores_HLM.amax(-1, keepdim=True))
-    context_HLE = p_HLM @ v_HME / p_HLM.sum(-1, keepdim=True)
+    context_HLE = p_HLM @ v_HME / p_HLM.sum(-1, keepdim=True) * u_H1E
     return rounded_rows(context_HLE.transpose(0, 1).flatten(1)) @ w.o_weight.T + w.o_bias
 
 
@@ -306,19 +313,25 @@ def with_moved_biases(w: SelfAttentionWeights, form: Format) -> SelfAttentionWei
 def bound(
     w: SelfAttentionWeights, matrix: torch.Tensor, bias: torch.Tensor, head_dim: int
 ) -> torch.Tensor:
-    """What no number of a head passes whatever the latents, (H, 1, 1): |normal numbers| <= sqrt(D).
+    """What no number of a channel passes, (H, 1, E), as the normalised latents' norm is sqrt(D).
 
     And a sixteenth more, by which rounding z may lengthen it.
     """
     varying = (matrix * w.norm_weight).norm(dim=1) * matrix.shape[1] ** 0.5
     largest = varying + (matrix @ w.norm_bias + bias).abs()
-    return largest.view(-1, 1, head_dim).amax(-1, keepdim=True) * (1 + 1 / 16)
+    return largest.view(-1, 1, head_dim) * (1 + 1 / 16)
 
 
-def balance(w: SelfAttentionWeights, head_dim: int) -> torch.Tensor:
-    """t = sqrt(std k / std q) of each channel, (H, 1, E), were the normalised latents random."""
-    q_std, k_std = ((m * w.norm_weight).norm(dim=1) for m in (w.q_weight, w.k_weight))
-    return (k_std / q_std).sqrt().view(-1, 1, head_dim)
+def balance(w: SelfAttentionWeights, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """t = sqrt(std k / std q) and u = std v of each channel, (H, 1, E).
+
+    The deviations are those of normalised latents that are random.
+    """
+    q_std, k_std, v_std = (
+        (matrix * w.norm_weight).norm(dim=1).view(-1, 1, head_dim)
+        for matrix in (w.q_weight, w.k_weight, w.v_weight)
+    )
+    return (k_std / q_std).sqrt(), v_std
 
 
 def hadamard(size: int, device: torch.device) -> torch.Tensor:
