@@ -75,8 +75,8 @@ void latent_attention_fp8(Tensor latents, Tensor norm_weight, Tensor norm_bias, 
   queries_keys.column_scale = of_weight;
   queries_keys.columns = static_cast<int>(2 * inner);
   queries_keys.out = qk.data_ptr();
-  queries_keys.heads.q_scale = const_cast<float*>(core.q_scale);
-  queries_keys.heads.tile_scale = const_cast<float*>(core.k_scale);
+  queries_keys.heads.q_scale = core.q_scale;
+  queries_keys.heads.tile_scale = core.k_scale;
   queries_keys.heads.inner = static_cast<int>(inner);
   queries_keys.heads.padded = core.padded;
 
@@ -89,7 +89,7 @@ void latent_attention_fp8(Tensor latents, Tensor norm_weight, Tensor norm_bias, 
   values.rows = static_cast<int>(inner);
   values.columns = core.padded;
   values.out = v.data_ptr();
-  values.heads.tile_scale = const_cast<float*>(core.v_scale);
+  values.heads.tile_scale = core.v_scale;
 
   core.out = call.fp8("context", context, call.rows * inner);
   core.out_scale = call.fp32("context_scale", context_scale, call.rows);

@@ -15,9 +15,9 @@ constexpr int kHeadsTokens = 128;  // that k and v of a head have one scale for,
 struct LatentCoreArguments {
   const void* qk;        // (padded, 2 inner), int8: q, then k
   const void* v;         // (inner, padded), int8
-  const float* q_scale;  // (heads, padded)
-  const float* k_scale;  // (heads, padded / kHeadsTokens)
-  const float* v_scale;  // likewise
+  float* q_scale;        // (heads, padded)
+  float* k_scale;        // (heads, padded / kHeadsTokens)
+  float* v_scale;        // likewise
   void* out;             // (batch length, inner), e4m3
   float* out_scale;      // (batch length)
   int batch, length;     // length: tokens of a video
