@@ -70,7 +70,7 @@ def by_hand(qk, v, q_scale, k_scale, v_scale, batch, length, head):
                 token = torch.arange(tile * TILE, (tile + 1) * TILE, device=v.device)
                 k = qk[token, inner:][:, columns].float()
                 scores = (q @ k.T).masked_fill((token < begin) | (token >= end), -float("inf"))
-                of_tile = unit * k_scale[at, tile]
+                of_tile = (unit * k_scale[at, tile]).clamp(min=1e-30)  # else NaN outside
                 now = torch.maximum(most, scores.amax(1) * of_tile)
                 kept, most = torch.exp2(most - now), now
                 weights = (240 * torch.exp2(scores * of_tile[:, None] - most[:, None])).round()
