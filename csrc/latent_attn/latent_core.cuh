@@ -7,8 +7,9 @@
 // which a lane's scores are four tokens that follow each other, as a product wants its rows from
 // registers, and rows of v in that in which a lane's accumulators are 16 columns that follow.
 //
-// P = exp2(score - largest so far) is rounded to kWhole steps, and its sum is that of what it was
-// rounded to. A tile's products with v are added to sums in float32.
+// P = exp2(score - the row's largest of this tile) is rounded to kWhole steps, and its sum is that of
+// what it was rounded to. By the largest so far the many keys beside one that outweighs them would
+// be lost in all tiles; they are in its own. A tile's products with v are added in float32.
 #pragma once
 
 #include <type_traits>
@@ -100,10 +101,11 @@ struct CoreRows {
   float most[2], total[2];
 };
 
-// The scores of a tile, in counts of `unit`, become P. `begin` and `end`: the video's tokens of it.
+// The scores of a tile, in counts of `unit`, become P, which counts `share` of what is so far, and
+// that `kept` of what it was. `begin` and `end`: the video's tokens of the tile.
 __device__ inline void weigh(uint32_t (&weights)[16], CoreRows& rows, float (&kept)[2],
-                             const Counts<16>& scores, const float (&unit)[2], int begin,
-                             int end) {
+                             float (&share)[2], const Counts<16>& scores, const float (&unit)[2],
+                             int begin, int end) {
   const bool whole = begin <= 0 && end >= kHeadsTokens;
   const int lane_token = thread_again() % 4 * 4;
   const auto outside = [&](int j, int e) {
@@ -132,10 +134,11 @@ __device__ inline void weigh(uint32_t (&weights)[16], CoreRows& rows, float (&ke
     for (int j = 1; j < 32; ++j) top = fmaxf(top, score[j]);
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    const float most = larger(rows.most[i], top * unit[i]);
+    const float of_tile = top * unit[i], most = larger(rows.most[i], of_tile);
     kept[i] = exp2_fast(rows.most[i] - most);
+    share[i] = exp2_fast(of_tile - most);
     rows.most[i] = most;
-    const float shift = kWholeLog - most;
+    const float shift = kWholeLog - of_tile;
     uint32_t sum = 0;
 #pragma unroll
     for (int word = 0; word < 8; ++word) {
@@ -149,7 +152,7 @@ __device__ inline void weigh(uint32_t (&weights)[16], CoreRows& rows, float (&ke
       weights[word / 2 * 4 + word % 2 * 2 + i] = four;
       sum = __dp4a(four, 0x01010101u, sum);
     }
-    rows.total[i] = fmaf(rows.total[i], kept[i], static_cast<float>(sum));
+    rows.total[i] = fmaf(rows.total[i], kept[i], static_cast<float>(sum) * share[i]);
   }
 }
 
@@ -255,9 +258,10 @@ __global__ void __launch_bounds__(kCoreThreads, 1)
         multiply_wait<0>();
         settle(scores);
         uint32_t weights[16];
-        float kept[2];
+        float kept[2], share[2];
         const int begin = token - tile * kHeadsTokens;
-        weigh(weights, rows, kept, scores, unit, begin, begin + of.length);
+        weigh(weights, rows, kept, share, scores, unit, begin, begin + of.length);
+        const float factor[2] = {share[0] * v_unit, share[1] * v_unit};
 
         Counts<kBlocks> part;
         clear(part);
@@ -277,7 +281,8 @@ __global__ void __launch_bounds__(kCoreThreads, 1)
         for (int j = 0; j < kBlocks; ++j) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            sums[j][i] = fmaf(sums[j][i], kept[i / 2], static_cast<float>(part[j][i]) * v_unit);
+            sums[j][i] = fmaf(sums[j][i], kept[i / 2],
+                              static_cast<float>(part[j][i]) * factor[i / 2]);
           }
         }
       };

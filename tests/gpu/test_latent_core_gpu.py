@@ -71,11 +71,13 @@ def by_hand(qk, v, q_scale, k_scale, v_scale, batch, length, head):
                 k = qk[token, inner:][:, columns].float()
                 scores = (q @ k.T).masked_fill((token < begin) | (token >= end), -float("inf"))
                 of_tile = (unit * k_scale[at, tile]).clamp(min=1e-30)  # else NaN outside
-                now = torch.maximum(most, scores.amax(1) * of_tile)
-                kept, most = torch.exp2(most - now), now
-                weights = (240 * torch.exp2(scores * of_tile[:, None] - most[:, None])).round()
-                total = total * kept + weights.sum(1)
-                added = weights @ v[columns][:, token].float().T * v_scale[at, tile]
+                highest = scores.amax(1) * of_tile
+                now = torch.maximum(most, highest)
+                kept, share, most = torch.exp2(most - now), torch.exp2(highest - now), now
+                weights = (240 * torch.exp2(scores * of_tile[:, None] - highest[:, None])).round()
+                total = total * kept + weights.sum(1) * share
+                added = weights @ v[columns][:, token].float().T
+                added *= (v_scale[at, tile] * share)[:, None]
                 mean = added if tile == tiles.start else mean * kept[:, None] + added
             out[rows, columns] = (mean / (total * out_scale[rows])[:, None]).to(out.dtype)
     return out, out_scale
@@ -109,6 +111,25 @@ def test_one_key_that_takes_all_leaves_its_value(batch, length, heads, head):
     out, scale = run(values, batch, length, head)
     expected = equation(*values, batch, length)
     assert relative_rms(out.double() * scale.double()[:, None], expected) < 0.04
+
+
+def test_keys_beside_one_that_outweighs_them_are_counted():
+    """A key as heavy as a thousand others, without a value: by its weight these would be 0."""
+    length, head = 768, 128
+    qk, v, q_scale, k_scale, v_scale = drawn(1, length, 2, head)
+    qk.zero_()
+    qk[:, ::head] = 100  # a channel of every query and key
+    qk[:, 2 * head :: head] = 0
+    qk[5, 2 * head :: head] = 127
+    v.fill_(100)
+    v[:, 5] = 0
+    q_scale.fill_(1)
+    k_scale.fill_(6.9 * head**0.5 / 12700)
+    values = qk, v, q_scale, k_scale, v_scale
+    out, scale = run(values, 1, length, head)
+    expected = equation(*values, 1, length)
+    # Those in its own tile are lost, an eighth of the mean.
+    assert relative_rms(out.double() * scale.double()[:, None], expected) < 0.15
 
 
 def test_a_scale_that_is_not_finite_spoils_those_it_reaches():
