@@ -87,4 +87,14 @@ __device__ inline uint32_t last_bytes(uint32_t a, uint32_t b, uint32_t c, uint32
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
+// The largest integer up to a sum from 0 to below 256 in the last byte but one; `more` is of 256ths.
+__device__ inline uint32_t floored(float value, float more) {
+  return __float_as_uint(value + (49152.f + more));
+}
+
+// Four bytes, each the last but one of a word.
+__device__ inline uint32_t next_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0051), __byte_perm(c, d, 0x0051), 0x5410);
+}
+
 }  // namespace snapkernels

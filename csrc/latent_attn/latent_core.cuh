@@ -9,7 +9,8 @@
 //
 // P = exp2(score - the row's largest of this tile) is rounded to kWhole steps, and its sum is that of
 // what it was rounded to. By the largest so far the many keys beside one that outweighs them would
-// be lost in all tiles; they are in its own. A tile's products with v are added in float32.
+// be lost in all tiles; in its own they are rounded up or down by a pattern (kDither), so that they
+// are not lost together. A tile's products with v are added in float32.
 #pragma once
 
 #include <type_traits>
@@ -106,6 +107,8 @@ struct CoreRows {
 __device__ inline void weigh(uint32_t (&weights)[16], CoreRows& rows, float (&kept)[2],
                              float (&share)[2], const Counts<16>& scores, const float (&unit)[2],
                              int begin, int end) {
+  // Sixteenths that are added before rounding, by a lane's scores in turn: a P of 0 stays 0.
+  constexpr int kDither[8] = {-7, 1, -3, 5, -5, 3, -1, 7};
   const bool whole = begin <= 0 && end >= kHeadsTokens;
   const int lane_token = thread_again() % 4 * 4;
   const auto outside = [&](int j, int e) {
@@ -145,10 +148,11 @@ __device__ inline void weigh(uint32_t (&weights)[16], CoreRows& rows, float (&ke
       uint32_t bits[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        bits[e] = rounded(exp2_fast(fmaf(score[4 * word + e], unit[i], shift)), 1);
+        const float weight = exp2_fast(fmaf(score[4 * word + e], unit[i], shift));
+        bits[e] = floored(weight, 0.5f + kDither[(4 * word + e) % 8] / 16.f);
       }
       // Row i of the first or second 16 bytes of 32 tokens.
-      const uint32_t four = last_bytes(bits[0], bits[1], bits[2], bits[3]);
+      const uint32_t four = next_bytes(bits[0], bits[1], bits[2], bits[3]);
       weights[word / 2 * 4 + word % 2 * 2 + i] = four;
       sum = __dp4a(four, 0x01010101u, sum);
     }

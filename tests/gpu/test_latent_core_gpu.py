@@ -9,6 +9,7 @@ from snapkernels.testing.numerics import relative_rms
 pytestmark = pytest.mark.gpu
 NAN = float("nan")
 TILE = 128  # tokens of a scale
+DITHER = (-7, 1, -3, 5, -5, 3, -1, 7)  # sixteenths
 SHAPES = [(2, 256, 2, 128), (3, 129, 4, 64), (1, 1, 4, 64), (5, 100, 2, 128), (2, 768, 4, 128)]
 shapes = pytest.mark.parametrize(("batch", "length", "heads", "head"), SHAPES)
 
@@ -55,6 +56,9 @@ def equation(qk, v, q_scale, k_scale, v_scale, batch, length):
 def by_hand(qk, v, q_scale, k_scale, v_scale, batch, length, head):
     """The kernel's way, tile by tile."""
     heads, inner = len(q_scale), len(v)
+    # A lane's scores in turn: keys 4 lane to 4 lane + 3 of every 16.
+    more = 0.5 + v.new_tensor(DITHER, dtype=torch.float32).view(2, 1, 4).expand(2, 4, 4) / 16
+    more = more.flatten().repeat(TILE // 32)
     out = v.new_empty(batch * length, inner, dtype=torch.float8_e4m3fn)
     out_scale = v_scale.new_empty(batch * length)
     for begin in range(0, batch * length, length):
@@ -74,7 +78,9 @@ def by_hand(qk, v, q_scale, k_scale, v_scale, batch, length, head):
                 highest = scores.amax(1) * of_tile
                 now = torch.maximum(most, highest)
                 kept, share, most = torch.exp2(most - now), torch.exp2(highest - now), now
-                weights = (240 * torch.exp2(scores * of_tile[:, None] - highest[:, None])).round()
+                weights = 240 * torch.exp2(scores * of_tile[:, None] - highest[:, None])
+                # In 256ths, as the kernel adds it.
+                weights = ((256 * weights).round() / 256 + more).floor()
                 total = total * kept + weights.sum(1) * share
                 added = weights @ v[columns][:, token].float().T
                 added *= (v_scale[at, tile] * share)[:, None]
