@@ -19,6 +19,7 @@ struct RowsArguments {
   int* flags;                  // those of the products that follow, which begin at 0; or null
   int num_flags;
   int64_t rows;
+  int64_t padded;  // rows of `out` and `scale`, of e4m3: from `rows` on zeros; or less than `rows`
   int width;
   float eps;
 };
@@ -29,6 +30,14 @@ constexpr int64_t kRowsCount = 1 << 26;  // at most
 
 cudaError_t quantise_rows(const RowsArguments& given, cudaStream_t stream);
 cudaError_t normalise_rows(const RowsArguments& given, cudaStream_t stream);
+
+// Of a product whose columns are heads in 8 bits: latent_attn/heads_end.cuh.
+struct HeadsArguments {
+  float* q_scale;     // (heads, padded), of a token
+  float* tile_scale;  // (heads, padded / 128), of k or v
+  int inner;          // columns of q, before those of k
+  int padded;         // tokens, to a multiple of 256
+};
 
 // out = residual + (rows x weight^T) * scales + bias, or GELU of that without the residual.
 struct ProductArguments {
@@ -45,6 +54,7 @@ struct ProductArguments {
   int rows, columns, depth;
   int share;     // of a cluster, in units of a tile, where tiles are split
   bool centred;  // `a` is of a LayerNorm
+  HeadsArguments heads;
 };
 
 constexpr int kProductPart = 256 * 128 / 4;  // sums of a block, in fours

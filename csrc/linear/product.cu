@@ -1,65 +1,17 @@
 // The launches of product.cuh and product_resident.cuh.
 #include <climits>
 
-#include "grid.h"
-#include "launch.cuh"
+#include "linear/product_launch.cuh"
 #include "linear/product_resident.cuh"
-#include "tensor_map.h"
 
 namespace snapkernels {
 namespace {
-
-template <typename Operand, bool kGelu>
-cudaError_t make_maps(CUtensorMap* a, CUtensorMap* weight, const ProductArguments& of,
-                      int box_rows) {
-  const cudaError_t error =
-      make_tensor_map(a, of.a, 1, of.rows, of.depth, box_rows, Operand::kMap, Operand::kBytes);
-  if (error != cudaSuccess) return error;
-  return make_tensor_map_in_order(weight, of.weight, of.columns, of.depth, kProductSlice,
-                                  kProductTogether<Operand, kGelu>, Operand::kMap,
-                                  Operand::kBytes);
-}
-
-static_assert(kProductFlags == kProductConsumers && kProductPart % kProductConsumers == 0);
-// What it takes to hand sums over, about, and the least that is worth it, in units of a tile. With
-// more rounds of whole tiles there is less to win, and clusters that are not in step read a matrix
-// from memory that L2 does not hold.
-constexpr int kHandOver = 6;
-constexpr int kLeastShare = 4;
-constexpr int kMostRounds = 4;
-
-// Units of a cluster's share, if tiles are to be split; or 0: that of whole ones takes no longer.
-int share_of(const ProductWork& work, int clusters) {
-  const int64_t units = static_cast<int64_t>(work.items()) * work.units;
-  const int64_t rounds = (work.items() + clusters - 1) / clusters;
-  const int64_t share = std::max<int64_t>((units + clusters - 1) / clusters, kLeastShare);
-  const bool pays = rounds <= kMostRounds && rounds * work.units > share + kHandOver;
-  return pays ? static_cast<int>(share) : 0;
-}
-
-template <typename Operand, bool kGelu>
-cudaError_t launch_product(ProductArguments of, cudaStream_t stream) {
-  CUtensorMap a, weight;
-  cudaError_t error =
-      make_maps<Operand, kGelu>(&a, &weight, of, kProductRows / kProductBlocks);
-  if (error != cudaSuccess) return error;
-  const ProductWork work(of, Operand::kBytes);
-  int blocks;
-  error = product_blocks(&blocks);
-  if (error != cudaSuccess) return error;
-  int clusters = blocks / kProductBlocks;
-  of.share = of.parts ? share_of(work, clusters) : 0;
-  clusters = of.share ? (work.items() * work.units + of.share - 1) / of.share
-                      : std::min(clusters, work.items());
-  return launch_clusters(product_kernel<Operand, kGelu>, clusters * kProductBlocks,
-                         kProductBlocks, kProductThreads, kProductShared, stream, a, weight, of);
-}
 
 template <bool kGelu>
 cudaError_t launch_resident(const ProductArguments& of, int blocks, cudaStream_t stream) {
   CUtensorMap a, weight;
   const cudaError_t error =
-      make_maps<Fp8, kGelu>(&a, &weight, of, kResidentRows / kProductBlocks);
+      make_maps<Fp8, ProductEnd<Fp8, kGelu>>(&a, &weight, of, kResidentRows / kProductBlocks);
   if (error != cudaSuccess) return error;
   return launch_clusters(product_resident_kernel<kGelu>, blocks, kProductBlocks, kProductThreads,
                          kResidentShared, stream, a, weight, of);
@@ -76,7 +28,7 @@ cudaError_t launch_fp8(const ProductArguments& of, cudaStream_t stream) {
   if (of.centred && of.depth <= kResidentDepth && resident * 10 >= blocks * 9) {
     return launch_resident<kGelu>(of, resident, stream);
   }
-  return launch_product<Fp8, kGelu>(of, stream);
+  return launch_product<Fp8, ProductEnd<Fp8, kGelu>>(of, stream);
 }
 
 }  // namespace
@@ -94,11 +46,11 @@ cudaError_t product_gelu_fp8(const ProductArguments& given, cudaStream_t stream)
 }
 
 cudaError_t product_bf16(const ProductArguments& given, cudaStream_t stream) {
-  return launch_product<Bf16, false>(given, stream);
+  return launch_product<Bf16, ProductEnd<Bf16, false>>(given, stream);
 }
 
 cudaError_t product_gelu_bf16(const ProductArguments& given, cudaStream_t stream) {
-  return launch_product<Bf16, true>(given, stream);
+  return launch_product<Bf16, ProductEnd<Bf16, true>>(given, stream);
 }
 
 }  // namespace snapkernels

@@ -6,7 +6,7 @@
 // in step with all others, so that rows come from memory once.
 #pragma once
 
-#include "linear/product.cuh"
+#include "linear/product_end.cuh"
 
 namespace snapkernels {
 
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       phase_expect(held, steps * kProductSliceBytes);
       for (int step = 0; step < steps; ++step) {
         copy_box_in_order(base + step * kProductSliceBytes, &weight, step * kMatrixRow,
-                          column / (4 * kProductTogether<Fp8, kGelu>), held);
+                          column / (4 * ProductEnd<Fp8, kGelu>::kTogether), held);
       }
       constexpr int kShare = kResidentRows / kProductBlocks;
       for (int tile = work.first(cluster); tile < last; ++tile) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       for (int half = 0; half < kProductHalves; ++half) settle(sums[half]);
       free_slot<kProductBlocks>(read, thread);
       for (int step = 0; step < steps; ++step) ring.next();  // the other's
-      end_tile<Fp8, kGelu>(of, sums, tile * kResidentRows, column, base + kResidentLines);
+      ProductEnd<Fp8, kGelu>::end(of, sums, tile * kResidentRows, column, base + kResidentLines);
     }
   }
   cluster_wait();

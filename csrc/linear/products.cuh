@@ -50,6 +50,13 @@ struct Bf16 {
 #undef SNAP_FOUR
 #undef SNAP_SUMS
 
+// The larger, or NaN if one is.
+__device__ inline float larger(float one, float other) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(one), "f"(other));
+  return most;
+}
+
 // Four floats as e4m3, rounded to nearest; beyond 448 it is 448, and NaN is NaN.
 __device__ inline uint32_t e4m3_four(float a, float b, float c, float d) {
   uint16_t low, high;

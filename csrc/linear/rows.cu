@@ -1,4 +1,6 @@
 // The launches of rows.cuh.
+#include <algorithm>
+
 #include "launch.cuh"
 #include "linear/rows.cuh"
 
@@ -8,7 +10,8 @@ namespace {
 template <bool kQuantised, int kChunks = kRowsMost / kRowsWidths>
 cudaError_t launch_rows(const RowsArguments& given, cudaStream_t stream) {
   if (given.width == kChunks * kRowsWidths) {
-    const int blocks = static_cast<int>((given.rows + kRowsWarps - 1) / kRowsWarps);
+    const int64_t rows = std::max(given.rows, given.padded);
+    const int blocks = static_cast<int>((rows + kRowsWarps - 1) / kRowsWarps);
     return launch(rows_kernel<kChunks, kQuantised>, blocks, 32 * kRowsWarps, 0, stream, given);
   }
   if constexpr (kChunks > 1) return launch_rows<kQuantised, kChunks - 1>(given, stream);

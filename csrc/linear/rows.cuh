@@ -20,13 +20,6 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-// NaN if one is.
-__device__ inline float larger(float one, float other) {
-  float most;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(one), "f"(other));
-  return most;
-}
-
 __device__ inline float warp_most(float value) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -44,8 +37,15 @@ __global__ void __launch_bounds__(32 * kRowsWarps) rows_kernel(RowsArguments giv
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < given.num_flags; i += blockDim.x) given.flags[i] = 0;
   }
-  if (row >= given.rows) return;
   constexpr int kWidth = 256 * kChunks;
+  if (row >= given.rows) {
+    if (!kQuantised || row >= given.padded) return;
+    uint2* out = reinterpret_cast<uint2*>(given.out) + row * (kWidth / 8) + lane;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) out[32 * i] = make_uint2(0, 0);
+    if (lane == 0) given.scale[row] = 0;
+    return;
+  }
   const uint4* tokens = reinterpret_cast<const uint4*>(given.tokens) + row * (kWidth / 8) + lane;
   uint4 packed[kChunks];
 #pragma unroll

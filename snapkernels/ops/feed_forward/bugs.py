@@ -25,32 +25,32 @@ _CUDA = (
     ),
     _cuda_bug(
         "residual left out",
-        "product.cuh",
+        "product_end.cuh",
         "for (int j = 0; j < 8; ++j) y[j] += added[j];",
         ";",
     ),
 )
 _CUDA_BF16 = (
     *_CUDA,
-    _cuda_bug("bias left out", "product.cuh", ": sum + biases[j];", ": sum;"),
+    _cuda_bug("bias left out", "product_end.cuh", ": sum + biases[j];", ": sum;"),
 )
 _CUDA_FP8 = (
     *_CUDA,
     _cuda_bug(
         "bias left out",
-        "product.cuh",
+        "product_end.cuh",
         _SCALED,
         "sum * row_scales[i] * scales[j]",
     ),
     _cuda_bug(
         "the weights' scale left out",
-        "product.cuh",
+        "product_end.cuh",
         _SCALED,
         "fmaf(sum, row_scales[i], biases[j])",
     ),
     _cuda_bug(
         "the scale of the token before",
-        "product.cuh",
+        "product_end.cuh",
         "some ? of.row_scale[row_of(i)] : 1",
         "some ? of.row_scale[max(row_of(i) - 1, 0)] : 1",
     ),
@@ -73,14 +73,14 @@ _CUDA_ZEROS = _cuda_bug(
 _CUDA_HIDDEN = (
     _cuda_bug(
         "GELU of the quantised numbers",
-        "product.cuh",
+        "product_end.cuh",
         "if constexpr (kGelu) y[j] = gelu(y[j]);",
         "if constexpr (kGelu) y[j] = gelu(y[j] * (kQuantised ? inverses[i] : 1)) /"
         " (kQuantised ? inverses[i] : 1);",
     ),
     _cuda_bug(
         "the hidden scale of the token before",
-        "product.cuh",
+        "product_end.cuh",
         "of.hidden_scale[row_of(i)]",
         "of.hidden_scale[max(row_of(i) - 1, 0)]",
     ),
@@ -138,7 +138,7 @@ LINEAR = (
 )
 FEED_FORWARD = (
     *_CUDA_BF16,
-    _cuda_bug("GELU left out", "product.cuh", "y[j] = gelu(y[j]);", ";"),
+    _cuda_bug("GELU left out", "product_end.cuh", "y[j] = gelu(y[j]);", ";"),
     _BIAS,
     _triton_bug(
         "GELU by sigmoid",

@@ -1,0 +1,57 @@
+// How a product.cuh is launched, whatever its end.
+#pragma once
+
+#include "grid.h"
+#include "launch.cuh"
+#include "linear/product.cuh"
+#include "tensor_map.h"
+
+namespace snapkernels {
+
+template <typename Operand, typename End>
+inline cudaError_t make_maps(CUtensorMap* a, CUtensorMap* weight, const ProductArguments& of,
+                      int box_rows) {
+  const cudaError_t error =
+      make_tensor_map(a, of.a, 1, of.rows, of.depth, box_rows, Operand::kMap, Operand::kBytes);
+  if (error != cudaSuccess) return error;
+  return make_tensor_map_in_order(weight, of.weight, of.columns, of.depth, kProductSlice,
+                                  End::kTogether, Operand::kMap,
+                                  Operand::kBytes);
+}
+
+static_assert(kProductFlags == kProductConsumers && kProductPart % kProductConsumers == 0);
+// What it takes to hand sums over, about, and the least that is worth it, in units of a tile. With
+// more rounds of whole tiles there is less to win, and clusters that are not in step read a matrix
+// from memory that L2 does not hold.
+constexpr int kHandOver = 6;
+constexpr int kLeastShare = 4;
+constexpr int kMostRounds = 4;
+
+// Units of a cluster's share, if tiles are to be split; or 0: that of whole ones takes no longer.
+inline int share_of(const ProductWork& work, int clusters) {
+  const int64_t units = static_cast<int64_t>(work.items()) * work.units;
+  const int64_t rounds = (work.items() + clusters - 1) / clusters;
+  const int64_t share = std::max<int64_t>((units + clusters - 1) / clusters, kLeastShare);
+  const bool pays = rounds <= kMostRounds && rounds * work.units > share + kHandOver;
+  return pays ? static_cast<int>(share) : 0;
+}
+
+template <typename Operand, typename End>
+inline cudaError_t launch_product(ProductArguments of, cudaStream_t stream) {
+  CUtensorMap a, weight;
+  cudaError_t error =
+      make_maps<Operand, End>(&a, &weight, of, kProductRows / kProductBlocks);
+  if (error != cudaSuccess) return error;
+  const ProductWork work(of, Operand::kBytes);
+  int blocks;
+  error = product_blocks(&blocks);
+  if (error != cudaSuccess) return error;
+  int clusters = blocks / kProductBlocks;
+  of.share = of.parts ? share_of(work, clusters) : 0;
+  clusters = of.share ? (work.items() * work.units + of.share - 1) / of.share
+                      : std::min(clusters, work.items());
+  return launch_clusters(product_kernel<Operand, End>, clusters * kProductBlocks,
+                         kProductBlocks, kProductThreads, kProductShared, stream, a, weight, of);
+}
+
+}  // namespace snapkernels
