@@ -33,46 +33,79 @@ def multiplied_out(numbers, scale):
     return numbers.double() * scale.double()[:, None]
 
 
+def plain(w, quantised):
+    """q, k and v's matrix of `w` as it is quantised, and by what each channel was multiplied."""
+    numbers, scale = quantise_rows(torch.cat([w.q_weight, w.k_weight, w.v_weight]))
+    assert same_bits(quantised.qkv_weight, numbers)
+    return multiplied_out(numbers, scale), quantised.qkv_scale.double() / scale.double()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_are_quantised_by_output_row_q_k_and_v_as_one(dtype, rng):
     w = weights_of(rng, dtype=dtype)
     quantised = quantise_latent_attention(w)
-    whole = torch.cat([w.q_weight, w.k_weight, w.v_weight])
-    for name, matrix in (("qkv", whole), ("o", w.o_weight)):
-        numbers, scale = quantise_rows(matrix)
-        assert same_bits(getattr(quantised, f"{name}_weight"), numbers)
-        assert torch.equal(getattr(quantised, f"{name}_scale"), scale)
-    q_bias, _, v_bias = quantised.qkv_bias.chunk(3)
-    assert torch.equal(q_bias, w.q_bias) and torch.equal(v_bias, w.v_bias)
-    assert quantised.qkv_bias.dtype == dtype and torch.equal(quantised.o_bias, w.o_bias)
+    _, factor = plain(w, quantised)
+    numbers, scale = quantise_rows(w.o_weight.float() / factor[96:].float())
+    torch.testing.assert_close(quantised.o_scale, scale)
+    assert relative_rms(quantised.o_weight.float(), numbers.float()) < 1e-3  # u is 1 / (1 / u)
+    assert quantised.qkv_bias.dtype == quantised.o_bias.dtype == dtype
     assert not any(one.requires_grad for one in quantised)
     shapes = [one.shape for one in quantised]
     on_meta = quantise_latent_attention(SelfAttentionWeights(*(one.to("meta") for one in w)))
     assert [one.shape for one in on_meta] == shapes
 
 
-def test_a_constant_in_every_key_drops_out_and_takes_their_mean_with_it(rng):
-    """The softmax is of differences: k's bias is free, and cancels what LayerNorm's bias adds."""
+def constants_and_outliers(rng):
+    """Weights whose biases are large, and whose channels differ by far."""
     w = weights_of(rng)
-    w = w._replace(norm_bias=3 * torch.randn(40, generator=rng))
-    latents = torch.randn(2, 500, 40, generator=rng)
+    many = {name: 3 * torch.randn(40, generator=rng) for name in ("norm_bias", "o_bias")}
+    many |= {name: 3 * torch.randn(48, generator=rng) for name in ("q_bias", "k_bias", "v_bias")}
+    factor = 10 ** torch.randn(2, 48, generator=rng)[..., None]
+    many |= {"k_weight": w.k_weight * factor[0], "q_weight": w.q_weight / factor[0]}
+    return w._replace(**many, v_weight=w.v_weight * factor[1], o_weight=w.o_weight / factor[1].T)
+
+
+def test_what_is_moved_leaves_the_sublayer_as_it_was(rng):
+    """Biases of k and v, and channels' factors: in float64 they change nothing."""
+    w = constants_and_outliers(rng)
+    latents = torch.randn(2, 50, 40, generator=rng).double()
     quantised = quantise_latent_attention(w)
-    trained = quantised.qkv_bias.clone()
-    trained[48:96] = w.k_bias
-    wide, as_trained = widened((quantised, quantised._replace(qkv_bias=trained)))
-    one, other = (
-        reference.latent_attention_fp8(latents.double(), w, HEADS, EPS) for w in (wide, as_trained)
-    )
-    assert relative_rms(one - latents, other - latents) < 1e-13
+    qkv_JD, factor = plain(w, quantised)
+    o_DI = multiplied_out(quantised.o_weight, quantised.o_scale) * factor[96:]
+    q_ID, k_ID, v_ID = qkv_JD.chunk(3)
+    exact, wide = widened((w, quantised))
+    exact = exact._replace(q_weight=q_ID, k_weight=k_ID, v_weight=v_ID, o_weight=o_DI)
+    expected = reference.latent_attention(latents, exact, HEADS, EPS)
+    # What is the same in every value goes past the rounding of o's matrix.
+    expected += (w.o_weight - o_DI) @ (v_ID @ exact.norm_bias + exact.v_bias)
+    found = reference.latent_attention_fp8(latents, wide, HEADS, EPS)
+    assert relative_rms(found - latents, expected - latents) < 1e-5  # biases are float32
 
-    u = layer_norm(latents.double(), (40,), wide.norm_weight, wide.norm_bias, EPS)
-    k_ID = multiplied_out(quantised.qkv_weight, quantised.qkv_scale)[48:96]
-    centred, before = (u @ k_ID.T + one.qkv_bias[48:96] for one in (wide, as_trained))
 
-    def mean_beside_spread(keys):
-        return (keys.mean((0, 1)).norm() / keys.std((0, 1)).norm()).item()
+def test_keys_and_values_vary_around_zero_and_channels_alike(rng):
+    w = constants_and_outliers(rng)
+    latents = torch.randn(2, 2000, 40, generator=rng).double()
+    quantised = quantise_latent_attention(w)
+    u = layer_norm(latents, (40,), w.norm_weight.double(), w.norm_bias.double(), EPS)
+    scaled = multiplied_out(quantised.qkv_weight, quantised.qkv_scale)
+    q, k, v = (u @ scaled.T + quantised.qkv_bias.double()).flatten(0, 1).chunk(3, 1)
+    for one in (k, v):
+        assert (one.mean(0).abs() < 0.15 * one.std(0)).all()
+    torch.testing.assert_close(q.std(0), k.std(0), rtol=0.25, atol=0)
+    torch.testing.assert_close(v.std(0), torch.ones(48).double(), rtol=0.25, atol=0)
 
-    assert mean_beside_spread(centred) < 0.1 < 1 < mean_beside_spread(before)
+
+def test_a_channel_that_does_not_vary_is_left_alone(rng):
+    w = weights_of(rng)
+    for name in ("q_weight", "k_weight", "v_weight"):
+        getattr(w, name)[5] = 0
+    w.k_weight[7] = 0
+    quantised = quantise_latent_attention(w)
+    assert all(one.float().isfinite().all() for one in quantised)
+    _, factor = plain(w, quantised)
+    zero = [5, 48 + 5, 96 + 5, 48 + 7]
+    assert not quantised.qkv_scale[zero].any()
+    assert factor[7] == 1
 
 
 def test_eager_is_two_linears_around_sdpa(rng):

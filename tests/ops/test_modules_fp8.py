@@ -11,11 +11,10 @@ from snapkernels import (
     LatentAttention,
     feed_forward_fp8,
     latent_attention_fp8,
-    linear_fp8,
     quantise_feed_forward,
     quantise_latent_attention,
-    quantise_rows,
 )
+from snapkernels.testing.numerics import relative_rms
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -50,25 +49,12 @@ def test_a_latent_attention_calls_the_function(backend, tokens):
 
 
 @torch.no_grad()
-def test_latent_attention_is_two_linears_around_the_core(tokens):
-    """k's bias is another, which the softmax does not see."""
+def test_a_latent_attention_is_near_the_layer_it_was_made_of(tokens):
     layer = LatentAttention(32, 8).eval()
     for name, parameter in layer.named_parameters():
         if name.startswith("norm") or name.endswith("bias"):
             parameter.normal_()
-    w, heads = layer.weights(), []
-    for matrix in "qkv":
-        projected = linear_fp8(
-            tokens,
-            *quantise_rows(getattr(w, f"{matrix}_weight")),
-            getattr(w, f"{matrix}_bias"),
-            norm_weight=w.norm_weight,
-            norm_bias=w.norm_bias,
-        )
-        heads.append(projected.unflatten(-1, (4, 8)).transpose(1, 2))
-    context = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    expected = linear_fp8(context, *quantise_rows(w.o_weight), w.o_bias, residual=tokens)
-    torch.testing.assert_close(Fp8LatentAttention(layer)(tokens), expected)
+    assert relative_rms(Fp8LatentAttention(layer)(tokens) - tokens, layer(tokens) - tokens) < 0.08
 
 
 def test_q_k_and_v_are_views_of_one_product(tokens, monkeypatch):
