@@ -14,6 +14,7 @@ from snapkernels.ops.feed_forward.op import feed_forward_fp8, linear_fp8
 from snapkernels.ops.feed_forward.quantise import quantise_feed_forward, quantise_rows
 from snapkernels.ops.feed_forward.weights import FP8_DTYPES, Fp8FeedForwardWeights
 from snapkernels.ops.group_attn.eager import attended
+from snapkernels.ops.group_attn.weights import CrossAttentionWeights
 from snapkernels.ops.latent_attn.op import latent_attention_fp8
 from snapkernels.ops.latent_attn.quantise import quantise_latent_attention
 from snapkernels.ops.latent_attn.weights import FP8_DTYPES as ATTENTION_FP8_DTYPES
@@ -116,11 +117,17 @@ class _Fp8CrossAttention(Fp8Module):
         w = layer.weights()
         self._keep_norm("q_norm", w.q_norm_weight, w.q_norm_bias)
         self._keep_norm("kv_norm", w.kv_norm_weight, w.kv_norm_bias)
+        v_bias, o_bias = self._biases(w)
         self._keep_projection("q", w.q_weight, w.q_bias)
         self._keep_projection(
-            "kv", torch.cat([w.k_weight, w.v_weight]), torch.cat([w.k_bias, w.v_bias])
+            "kv", torch.cat([w.k_weight, w.v_weight]), torch.cat([w.k_bias, v_bias])
         )
-        self._keep_projection("o", w.o_weight, w.o_bias)
+        self._keep_projection("o", w.o_weight, o_bias)
+
+    @staticmethod
+    def _biases(w: CrossAttentionWeights) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of v and of o."""
+        return w.v_bias, w.o_bias
 
     def _keep_projection(self, name: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
         rows, scale = quantise_rows(weight)
@@ -198,7 +205,21 @@ class Fp8GroupRead(_Fp8CrossAttention):
 
 
 class Fp8GroupWrite(_Fp8CrossAttention):
-    """A `GroupWrite` with its projections in fp8, k and v as one; attention by SDPA."""
+    """A `GroupWrite` with its projections in fp8, k and v as one; attention by SDPA.
+
+    The weights of a query add up to 1: what is the same in every value is so in every context. It
+    goes past the core, into o's bias, where it is not rounded. (A read may have nothing to read.)
+    """
+
+    @staticmethod
+    @torch.no_grad()
+    def _biases(w: CrossAttentionWeights) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = w.v_bias.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        rows, scale = quantise_rows(w.v_weight)
+        of_norm = rows.to(wide) @ w.kv_norm_bias.to(wide) * scale
+        o_bias = w.o_bias.to(wide) + w.o_weight.to(wide) @ (of_norm + w.v_bias.to(wide))
+        return -of_norm.to(dtype), o_bias.to(dtype)
 
     def forward(self, patches: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """(B, G, N, q_dim) and (B, G, L, kv_dim) -> (B, G, N, q_dim).
