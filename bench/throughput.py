@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ from workload import Batch, build_model, load_batch
 from snapkernels import RECIPES, Recipe, quantise
 from snapkernels.roofline import measure_ceilings, short_name
 from snapkernels.testing.load import Load
-from snapkernels.testing.record import RECORDS, new_record, newest, record_path, write
+from snapkernels.testing.record import (
+    RECORDS,
+    command_so_far,
+    new_record,
+    newest,
+    record_path,
+    write,
+)
 from snapkernels.testing.timing import measure
 from snapvideo_core import (
     FIT,
@@ -136,24 +144,19 @@ def main(arguments: list[str] | None = None) -> int:
         ceilings=ceilings,
         load=load,
     )
-    rows = [
-        row
-        for name in presets
-        for recipe in args.recipe
-        for backend in args.backend
-        for row in bench_preset(
-            PRESETS[name],
-            args.batch or default_batches.get(name, [1]),
-            replace(options, recipe=RECIPES[recipe], backend=backend),
-        )
-    ]
     flags = [f"--{k}" if v is True else f"--{k} {v}" for k, v in _reproducible(args).items()]
-    record = new_record(
-        " ".join(["python bench/throughput.py", *flags]), device, load.fields(), ceilings, rows
-    )
+    command = " ".join(["python bench/throughput.py", *flags])
+    runs = list(product(presets, args.recipe, args.backend))
+    rows: list[dict[str, Any]] = []
+    for number, (name, recipe, backend) in enumerate(runs, 1):
+        chosen = replace(options, recipe=RECIPES[recipe], backend=backend)
+        rows += bench_preset(PRESETS[name], args.batch or default_batches.get(name, [1]), chosen)
+        so_far = command_so_far(command, done=number == len(runs))
+        record = new_record(so_far, device, load.fields(), ceilings, rows)
+        if args.json:  # each time: a run that is cut off leaves what it has
+            write(record, args.json)
     print_figures(record)
     if args.json:
-        write(record, args.json)
         print(f"record written to {args.json}")
     if not on_gpu:
         print_committed_record()

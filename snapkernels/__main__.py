@@ -100,9 +100,9 @@ def _bench(args: argparse.Namespace) -> int:
     load = Load(device)
     print("measuring the ceilings", file=sys.stderr)
     ceilings = roofline.measure_ceilings(device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with load.watched():
-        for op, case in chosen:
+        for number, (op, case) in enumerate(chosen, 1):
             for dtype in case.dtypes:
                 for direction in bench.directions(op.spec):
                     found = bench.bench(
@@ -112,17 +112,18 @@ def _bench(args: argparse.Namespace) -> int:
                     for row in found:
                         print(_line(row), flush=True)
             red = any(row["gate"] != "ok" for row in found if "peer" not in row)
-            if red or not hasattr(torch.ops.snapkernels, op.spec.name):
-                continue
-            values = cases.make_values(op.spec, case, case.dtypes[0], device)
-            backend = dispatch.choose(op.spec, None, values)
-            rows.append(_overhead_row(op, case, backend, device))
-            print(_line(rows[-1]), flush=True)
-    if args.json:
-        command = "python -m snapkernels bench"
-        if args.case != [""]:
-            command += f" --case {' '.join(args.case)}"
-        record.write(record.new_record(command, device, load.fields(), ceilings, rows), args.json)
+            if not red and hasattr(torch.ops.snapkernels, op.spec.name):
+                values = cases.make_values(op.spec, case, case.dtypes[0], device)
+                backend = dispatch.choose(op.spec, None, values)
+                rows.append(_overhead_row(op, case, backend, device))
+                print(_line(rows[-1]), flush=True)
+            if args.json:  # each time: a run that is cut off leaves what it has
+                parts = f" --case {' '.join(args.case)}" if args.case != [""] else ""
+                command = record.command_so_far(
+                    f"python -m snapkernels bench{parts}", done=number == len(chosen)
+                )
+                taken = record.new_record(command, device, load.fields(), ceilings, rows)
+                record.write(taken, args.json)
     return int(any(row["gate"] != "ok" for row in rows if "peer" not in row))
 
 

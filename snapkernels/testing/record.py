@@ -77,6 +77,11 @@ def write(record: dict[str, Any], path: Path) -> None:
     replace_file(path, json.dumps(record, indent=1) + "\n")
 
 
+def command_so_far(command: str, *, done: bool) -> str:
+    """`command` as a record names it: of a run that goes on, which may be cut off, it says so."""
+    return command if done else f"{command} (so far)"
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     partial = path.with_name(path.name + ".partial")

@@ -230,6 +230,27 @@ def test_figures_are_a_videos_share_of_a_batch(monkeypatch, tmp_path):
         assert row["pct_of_floor"] == pytest.approx(100 * floor / 6.0, abs=0.05)
 
 
+def test_a_run_that_is_cut_off_leaves_what_it_measured(monkeypatch, tmp_path):
+    whole = throughput.bench_preset
+
+    def cut_off(config, *others):
+        if config is not TINY:
+            raise KeyboardInterrupt
+        return whole(config, *others)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput, "bench_preset", cut_off)
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: Timing(12.0, 10.0, 14.0))
+    monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: {"fp32_tflop_s": 0.5})
+    target = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt):
+        throughput.main(["--preset", "tiny", "tiny-up", "--json", str(target)])
+    written = json.loads(target.read_text())
+    assert record.problems(written) == []
+    assert written["command"].endswith("(so far)")
+    assert {row["case"] for row in written["rows"]} == {"model/tiny/infer", "model/tiny/train"}
+
+
 def test_no_speed_on_a_red_gate(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(throughput, "judged", lambda *_: ("wrong", {"rms_vs_fp64": 1.0}))

@@ -105,6 +105,27 @@ def test_bench_writes_a_record(tmp_path, capsys, monkeypatch):
     assert command.main(["bench", "--case", "no such case"]) == 2
 
 
+def test_a_bench_that_is_cut_off_leaves_what_it_measured(tmp_path, monkeypatch):
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    monkeypatch.setattr(command.roofline, "measure_ceilings", lambda device: ceilings)
+    real = command.bench.bench
+
+    def cut_off(op, case, *others, **options):
+        if case.name != "tail":
+            raise KeyboardInterrupt
+        return real(op, case, *others, **options)
+
+    monkeypatch.setattr(command.bench, "bench", cut_off)
+    target = tmp_path / "record.json"
+    parts = ["op/patchify/tail", "op/unpatchify/odd"]
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["bench", "--case", *parts, "--rounds", "1", "--json", str(target)])
+    written = json.loads(target.read_text())
+    assert record.problems(written) == []
+    assert written["command"].endswith(f"bench --case {' '.join(parts)} (so far)")
+    assert {row["case"].rpartition("/")[0] for row in written["rows"]} == {"op/patchify/tail"}
+
+
 def test_bench_times_a_sublayer_forward_backward_and_both(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
