@@ -12,13 +12,17 @@ snapkernels::LatentCoreArguments core_of(const char* op, const Tensor& qk, const
                                          const Tensor& q_scale, const Tensor& k_scale,
                                          const Tensor& v_scale, int64_t tokens, int64_t length,
                                          int64_t head) {
-  const int64_t inner = v.size(0), padded = v.size(1), heads = inner / head;
   STD_TORCH_CHECK(head == 64 || head == 128, op, ": heads of ", head);
+  STD_TORCH_CHECK(v.dim() == 2, op, ": v has ", v.dim(), " dimensions");
+  const int64_t inner = v.size(0), padded = v.size(1), heads = inner / head;
   STD_TORCH_CHECK(inner > 0 && inner % snapkernels::kProductColumns == 0 && inner < (1 << 20), op,
                   ": inner width ", inner);
-  STD_TORCH_CHECK(padded >= tokens && padded % snapkernels::kProductColumns == 0 &&
-                      padded <= snapkernels::kProductMost && length > 0 && tokens % length == 0,
-                  op, ": ", tokens, " tokens in ", length, "s, and room for ", padded);
+  STD_TORCH_CHECK(length > 0 && length <= padded && tokens % length == 0 &&
+                      padded % snapkernels::kProductColumns == 0 &&
+                      padded <= snapkernels::kProductMost,
+                  op, ": ", tokens, " tokens in ", length, "s, and ", padded, " rows");
+  const int64_t stride = (length + kHeadsTokens - 1) / kHeadsTokens * kHeadsTokens;
+  STD_TORCH_CHECK(tokens / length <= padded / stride, op, ": ", padded, " rows are too few");
   const auto scales = [&](const char* name, const Tensor& scale, int64_t each) {
     return data_of<float>(op, name, scale, ScalarType::Float, heads * each, v);
   };
@@ -30,6 +34,7 @@ snapkernels::LatentCoreArguments core_of(const char* op, const Tensor& qk, const
   given.v_scale = scales("v_scale", v_scale, padded / kHeadsTokens);
   given.batch = static_cast<int>(tokens / length);
   given.length = static_cast<int>(length);
+  given.stride = static_cast<int>(stride);
   given.padded = static_cast<int>(padded);
   given.heads = static_cast<int>(heads);
   given.head = static_cast<int>(head);
@@ -56,13 +61,16 @@ void latent_attention_fp8(Tensor latents, Tensor norm_weight, Tensor norm_bias, 
                           int64_t length, int64_t head, double eps) {
   if (out.numel() == 0) return;
   const LinearCall call("latent_attention_fp8", latents, parts, flags, eps);
+  data_of<void>(call.op, "v", v, ScalarType::Char, v.numel(), latents);  // others are held to it
   auto core = core_of(call.op, qk, v, q_scale, k_scale, v_scale, call.rows, length, head);
   const int64_t inner = v.size(0), padded = core.padded, width = call.width;
 
   auto rows = call.rows_of(norm_weight, norm_bias);
   rows.out = call.fp8("quantised", quantised, padded * width);
   rows.scale = call.fp32("scale", scale, padded);
-  rows.padded = padded;
+  rows.padded = core.padded;
+  rows.stride = core.stride;
+  rows.length = core.length;
 
   const auto* weight =
       static_cast<const uint8_t*>(call.fp8("qkv_weight", qkv_weight, 3 * inner * width));
@@ -73,6 +81,7 @@ void latent_attention_fp8(Tensor latents, Tensor norm_weight, Tensor norm_bias, 
   queries_keys.row_scale = rows.scale;
   queries_keys.weight = weight;
   queries_keys.column_scale = of_weight;
+  queries_keys.rows = core.padded;
   queries_keys.columns = static_cast<int>(2 * inner);
   queries_keys.out = qk.data_ptr();
   queries_keys.heads.q_scale = core.q_scale;

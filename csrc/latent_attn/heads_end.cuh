@@ -1,8 +1,9 @@
 // How a product of q and k, or of v, ends for latent_core.cuh: as 8-bit integers and their scales.
 //
-// A warpgroup has 128 tokens and 128 columns of heads, two of 64 or one of 128. Of q every token has
-// a scale, of k and v every head of the 128 tokens: the largest magnitude / 127. One that is not
-// finite makes the scale NaN, which is what all become that it is multiplied with.
+// A warpgroup has 128 tokens and 128 columns of heads, two of 64 or one of 128. Of q every token
+// has a scale, of k and v every head of the 128 tokens: the largest magnitude / 127. One that is
+// not finite makes the scale NaN, which is what all become that it is multiplied with. What is no
+// token has scale 0 and becomes zeros, without the bias. No rows or columns are beyond the last.
 #pragma once
 
 #include "latent_attn/integers.cuh"
@@ -37,8 +38,8 @@ __device__ inline void share_most(float (&most)[kHeads], uint32_t lines) {
   }
 }
 
-// kTurned: rows are those of v's weight, columns are tokens, and so the result is v^T. Else rows are
-// tokens, and columns those of q and then of k.
+// kTurned: rows are those of v's weight, columns are tokens, and so the result is v^T. Else rows
+// are tokens, and columns those of q and then of k.
 template <int kHead, bool kTurned>
 struct HeadsEnd {
   static constexpr int kTogether = 16;
@@ -68,11 +69,9 @@ struct HeadsEnd {
     float row_scales[kRows], row_biases[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const bool some = row_of(i) < of.rows;
-      row_scales[i] = some ? of.row_scale[row_of(i)] : 0;
+      row_scales[i] = of.row_scale[row_of(i)];
       if constexpr (kTurned) {
-        const auto* biases = static_cast<const __nv_bfloat16*>(of.bias);
-        row_biases[i] = some ? __bfloat162float(biases[row_of(i)]) : 0;
+        row_biases[i] = __bfloat162float(static_cast<const __nv_bfloat16*>(of.bias)[row_of(i)]);
       }
     }
     float most[kRows][kHeads];
@@ -91,11 +90,12 @@ struct HeadsEnd {
         if constexpr (!kTurned) load_eight(biases, at + 4 * kProductSlice);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          if (!kTurned && row_of(i) >= of.rows) continue;  // no token
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             float& y = sums[i / 2][group * kTogether / 2 + part * 4 + j / 2][i % 2 * 2 + j % 2];
-            y = fmaf(y * row_scales[i], scales[j], kTurned ? row_biases[i] : biases[j]);
+            const bool token = (kTurned ? scales[j] : row_scales[i]) != 0;
+            const float bias = kTurned ? row_biases[i] : biases[j];
+            y = fmaf(y * row_scales[i], scales[j], token ? bias : 0);
             float& largest = most[i][head_of(i, group)];
             largest = larger(largest, fabsf(y));
           }
@@ -135,7 +135,7 @@ struct HeadsEnd {
           float& largest = most[i][head];
           largest = larger(largest, __shfl_xor_sync(~0u, largest, 1));
           largest = larger(largest, __shfl_xor_sync(~0u, largest, 2));
-          if (lane % 4 == 0 && row_of(i) < of.rows) {
+          if (lane % 4 == 0) {
             of.heads.q_scale[int64_t{column / kHead + head} * of.heads.padded + row_of(i)] =
                 count_scale(largest);
           }
@@ -144,7 +144,6 @@ struct HeadsEnd {
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (row_of(i) >= of.rows) continue;
       auto* to = static_cast<uint8_t*>(of.out) + static_cast<int64_t>(row_of(i)) * of.columns +
                  column + first;
 #pragma unroll

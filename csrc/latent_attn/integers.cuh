@@ -37,8 +37,23 @@ __device__ inline void multiply_add(Counts<16>& sum, uint64_t a, uint64_t b) {
                : "l"(a), "l"(b));
 }
 
-// 64 x 128 and 64 x 64, with 64 x 32 of A in registers, without signs: bytes 4 q to 4 q + 3 of row r
-// and of row r + 8, then the same 16 bytes further, in lane 4 r + q.
+// 64 x 128 and 64 x 64, with 64 x 32 of A in registers, without signs: bytes 4 q to 4 q + 3 of row
+// r and of row r + 8, then the same 16 bytes further, in lane 4 r + q.
+// The first of a sum, and those that are added to it.
+__device__ inline void multiply_held_first(Counts<16>& sum, const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 " SNAP_64 "{%64, %65, %66, %67}, %68, 0;"
+      : SNAP_EIGHT("=r", 0), SNAP_EIGHT("=r", 8)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ inline void multiply_held_first(Counts<8>& sum, const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 " SNAP_32 "{%32, %33, %34, %35}, %36, 0;"
+      : SNAP_EIGHT("=r", 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
 __device__ inline void multiply_held(Counts<16>& sum, const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 " SNAP_64 "{%64, %65, %66, %67}, %68, 1;"
@@ -58,15 +73,6 @@ __device__ inline void multiply_held(Counts<8>& sum, const uint32_t (&a)[4], uin
 #undef SNAP_EIGHT
 #undef SNAP_FOUR
 
-template <int kBlocks>
-__device__ inline void clear(Counts<kBlocks>& sum) {
-#pragma unroll
-  for (int j = 0; j < kBlocks; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[j][i] = 0;
-  }
-}
-
 // The compiler may not use them before.
 template <int kBlocks>
 __device__ inline void settle(Counts<kBlocks>& sum) {
@@ -77,7 +83,7 @@ __device__ inline void settle(Counts<kBlocks>& sum) {
   }
 }
 
-// The nearest integer of a float within 2^22 of 0, in its last bits: a byte of it is that integer's.
+// The nearest integer of a float within 2^22 of 0, in its last bits: a byte of it is the integer's.
 __device__ inline uint32_t rounded(float value, float scale) {
   return __float_as_uint(fmaf(value, scale, 12582912.f));
 }
@@ -87,7 +93,7 @@ __device__ inline uint32_t last_bytes(uint32_t a, uint32_t b, uint32_t c, uint32
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// The largest integer up to a sum from 0 to below 256 in the last byte but one; `more` is of 256ths.
+// The largest integer up to a sum from 0 to below 256 in the last byte but one; `more` is 256ths.
 __device__ inline uint32_t floored(float value, float more) {
   return __float_as_uint(value + (49152.f + more));
 }

@@ -11,7 +11,7 @@ namespace snapkernels {
 
 constexpr int kHeadsTokens = 128;  // that k and v of a head have one scale for, from token 0 on
 
-// The core: softmax(q k^T / sqrt(head)) v for every head, of videos that follow each other.
+// The core: softmax(q k^T / sqrt(head)) v for every head of every video.
 struct LatentCoreArguments {
   const void* qk;        // (padded, 2 inner), int8: q, then k
   const void* v;         // (inner, padded), int8
@@ -21,7 +21,8 @@ struct LatentCoreArguments {
   void* out;             // (batch length, inner), e4m3
   float* out_scale;      // (batch length)
   int batch, length;     // length: tokens of a video
-  int padded;            // tokens of them all, to a multiple of 256
+  int stride;            // rows from one video to the next: length, to a multiple of kHeadsTokens
+  int padded;            // rows of them all, to a multiple of 256
   int heads, head;       // head: its width, 64 or 128; heads have a multiple of 128 together
 };
 

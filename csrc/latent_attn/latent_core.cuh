@@ -1,16 +1,16 @@
 // softmax(q k^T / sqrt(head)) v of 8-bit integers, with exact sums and a softmax in float32.
 //
-// A block has 128 columns of the heads, which are two heads of 64 or one of 128, and so many queries
-// that each of its two warpgroups of consumers has 64 of one head; a third copies. Two blocks are a
-// cluster: they have the same head and queries that follow each other, and each copies half of the
-// keys and values for both. Those come 128 tokens at a time, as scales have them: k in the order in
-// which a lane's scores are four tokens that follow each other, as a product wants its rows from
-// registers, and rows of v in that in which a lane's accumulators are 16 columns that follow.
+// A block has 128 columns of the heads, which are two heads of 64 or one of 128, and so many
+// queries that each of its two warpgroups of consumers has 64 of one head; a third copies. Two
+// blocks are a cluster: they have the same head and queries that follow each other, and each copies
+// half of the keys and values for both. Those come 128 tokens at a time, as scales have them: k in
+// the order in which a lane's scores are four tokens that follow each other, as a product wants its
+// rows from registers, and rows of v in that in which a lane's accumulators are 16 columns that do.
 //
-// P = exp2(score - the row's largest of this tile) is rounded to kWhole steps, and its sum is that of
-// what it was rounded to. By the largest so far the many keys beside one that outweighs them would
-// be lost in all tiles; in its own they are rounded up or down by a pattern (kDither), so that they
-// are not lost together. A tile's products with v are added in float32.
+// P = exp2(score - the row's largest of this tile) is rounded to kWhole steps, and its sum is that
+// of what it was rounded to. By the largest so far the many keys beside one that outweighs them
+// would be lost in all tiles; in its own they are rounded up or down by a pattern (kDither), so
+// that they are not lost together. A tile's products with v are added in float32.
 #pragma once
 
 #include <type_traits>
@@ -57,16 +57,12 @@ struct CoreWork {
         groups(of.heads * kHead / 128) {}
   __host__ __device__ int items() const { return of.batch * groups * pairs; }
   __device__ int group(int item) const { return item / pairs % groups; }
-  __device__ int first_token(int item) const { return item / pairs / groups * of.length; }
+  __device__ int video(int item) const { return item / pairs / groups; }
   // Of a block, in its video; there may be none.
   __device__ int first_query(int item, int rank) const {
     return (item % pairs * kCoreBlocks + rank) * kQueries;
   }
-  // Of the keys and values of a video whose first token is `token`: from, and before.
-  __device__ int first_tile(int token) const { return token / kHeadsTokens; }
-  __device__ int last_tile(int token) const {
-    return (token + of.length + kHeadsTokens - 1) / kHeadsTokens;
-  }
+  __device__ int tiles() const { return of.stride / kHeadsTokens; }  // of a video
 };
 
 using CoreRing = Ring<kCoreStages, kCoreStageBytes>;
@@ -79,13 +75,14 @@ __device__ inline void copy_core(const CoreWork<kHead>& work, const CUtensorMap*
   constexpr int kEvery = (1 << kCoreBlocks) - 1;
   const int clusters = gridDim.x / kCoreBlocks, inner = work.groups * 128;
   for (int item = blockIdx.x / kCoreBlocks; item < work.items(); item += clusters) {
-    const int token = work.first_token(item), group = work.group(item);
+    const int video = work.video(item), group = work.group(item);
     queries.wait_free();
     phase_expect(queries.full(), work.kQueries * kMatrixRow);
-    copy_box(queries.place(), q, group * 128, token + work.first_query(item, rank), 0,
-             queries.full());
+    copy_box(queries.place(), q, group * 128,
+             video * work.of.stride + work.first_query(item, rank), 0, queries.full());
     queries.next();
-    for (int tile = work.first_tile(token); tile < work.last_tile(token); ++tile) {
+    for (int i = 0; i < work.tiles(); ++i) {
+      const int tile = video * work.tiles() + i;
       ring.wait_free();
       phase_expect(ring.full(), kCoreStageBytes);
       const uint32_t half = ring.place() + rank * (kCoreHalf / kCoreBlocks);
@@ -97,24 +94,19 @@ __device__ inline void copy_core(const CoreWork<kHead>& work, const CUtensorMap*
   }
 }
 
-// What a lane has of the softmax of its rows r and r + 8.
+// What a lane has of the softmax of its rows r and r + 8; the total is of its own scores.
 struct CoreRows {
   float most[2], total[2];
 };
 
 // The scores of a tile, in counts of `unit`, become P, which counts `share` of what is so far, and
-// that `kept` of what it was. `begin` and `end`: the video's tokens of the tile.
+// that `kept` of what it was. `some`: tokens from the tile's first on that are of the video.
 __device__ inline void weigh(uint32_t (&weights)[16], CoreRows& rows, float (&kept)[2],
                              float (&share)[2], const Counts<16>& scores, const float (&unit)[2],
-                             int begin, int end) {
+                             int some) {
   // Sixteenths that are added before rounding, by a lane's scores in turn: a P of 0 stays 0.
   constexpr int kDither[8] = {-7, 1, -3, 5, -5, 3, -1, 7};
-  const bool whole = begin <= 0 && end >= kHeadsTokens;
   const int lane_token = thread_again() % 4 * 4;
-  const auto outside = [&](int j, int e) {
-    const int token = lane_token + 16 * (j / 2) + 2 * (j % 2) + e;
-    return token < begin || token >= end;
-  };
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float score[32];
@@ -123,18 +115,20 @@ __device__ inline void weigh(uint32_t (&weights)[16], CoreRows& rows, float (&ke
 #pragma unroll
       for (int e = 0; e < 2; ++e) score[2 * j + e] = static_cast<float>(scores[j][2 * i + e]);
     }
-    if (!whole) {
+    if (some < kHeadsTokens) {
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (outside(j, e)) score[2 * j + e] = -__int_as_float(0x7f800000);
+          const int token = lane_token + 16 * (j / 2) + 2 * (j % 2) + e;
+          if (token >= some) score[2 * j + e] = -__int_as_float(0x7f800000);
         }
       }
     }
-    float top = score[0];
+    float tops[4] = {score[0], score[1], score[2], score[3]};
 #pragma unroll
-    for (int j = 1; j < 32; ++j) top = fmaxf(top, score[j]);
+    for (int j = 4; j < 32; ++j) tops[j % 4] = fmaxf(tops[j % 4], score[j]);
+    float top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
     const float of_tile = top * unit[i], most = larger(rows.most[i], of_tile);
@@ -161,9 +155,9 @@ __device__ inline void weigh(uint32_t (&weights)[16], CoreRows& rows, float (&ke
 }
 
 // The scale that no weighted mean of a video's values passes, with every head's: by a warp.
-__device__ inline float values_scale(const LatentCoreArguments& of, int first, int last) {
+__device__ inline float values_scale(const LatentCoreArguments& of, int video) {
   constexpr int kAhead = 8;  // loads under way
-  const int tiles = last - first, all = of.heads * tiles;
+  const int tiles = of.stride / kHeadsTokens, all = of.heads * tiles, first = video * tiles;
   float most = 0;
   for (int i = thread_again() % 32; i < all; i += 32 * kAhead) {
     float some[kAhead];
@@ -215,20 +209,19 @@ __global__ void __launch_bounds__(kCoreThreads, 1)
     const uint32_t in_values = kTwoHeads ? 64 * kMatrixRow * warpgroup : 0;
     const uint32_t in_queries = kTwoHeads ? in_row : 64 * kMatrixRow * warpgroup;
     for (int item = blockIdx.x / kCoreBlocks; item < work.items(); item += clusters) {
-      const int token = work.first_token(item);
+      const int video = work.video(item);
       const int head = work.group(item) * (kTwoHeads ? 2 : 1) + (kTwoHeads ? warpgroup : 0);
-      const int first = work.first_tile(token), last = work.last_tile(token);
       const int row = work.first_query(item, rank) + (kTwoHeads ? 0 : 64 * warpgroup) +
                       thread_again() % 128 / 32 * 16 + thread_again() % 32 / 4;
       float q_unit[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const bool some = row + 8 * i < of.length;
-        const int64_t at = static_cast<int64_t>(head) * of.padded + token + row + 8 * i;
+        const int64_t at = static_cast<int64_t>(head) * of.padded + video * of.stride + row + 8 * i;
         q_unit[i] = (some ? of.q_scale[at] : 0) * (1.4426950408889634f * rsqrtf(kHead));
       }
-      const float* k_scale = of.k_scale + head * scales;
-      const float* v_scale = of.v_scale + head * scales;
+      const float* k_scale = of.k_scale + head * scales + video * work.tiles();
+      const float* v_scale = of.v_scale + head * scales + video * work.tiles();
       float sums[kBlocks][4];
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) {
@@ -263,18 +256,20 @@ __global__ void __launch_bounds__(kCoreThreads, 1)
         settle(scores);
         uint32_t weights[16];
         float kept[2], share[2];
-        const int begin = token - tile * kHeadsTokens;
-        weigh(weights, rows, kept, share, scores, unit, begin, begin + of.length);
+        weigh(weights, rows, kept, share, scores, unit, of.length - tile * kHeadsTokens);
         const float factor[2] = {share[0] * v_unit, share[1] * v_unit};
 
         Counts<kBlocks> part;
-        clear(part);
         const uint64_t values = matrix_view(read.place() + kCoreHalf + in_values);
         multiply_fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           const uint32_t(&held)[4] = *reinterpret_cast<const uint32_t(*)[4]>(&weights[4 * step]);
-          multiply_held(part, held, further(values, 32 * step));
+          if (step == 0) {
+            multiply_held_first(part, held, values);
+          } else {
+            multiply_held(part, held, further(values, 32 * step));
+          }
         }
         multiply_commit();
         if constexpr (decltype(more)::value) start_scores();
@@ -291,18 +286,24 @@ __global__ void __launch_bounds__(kCoreThreads, 1)
         }
       };
       start_scores();
-      const float out_scale = values_scale(of, first, last);
+      const float out_scale = values_scale(of, video);
+      const int last = work.tiles() - 1;
 #pragma unroll 1
-      for (int tile = first; tile < last - 1; ++tile) end_scores(tile, std::true_type());
-      end_scores(last - 1, std::false_type());
+      for (int tile = 0; tile < last; ++tile) end_scores(tile, std::true_type());
+      end_scores(last, std::false_type());
       if (thread_again() % 128 == 0) phase_arrive(queries.free());
       queries.next();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        rows.total[i] += __shfl_xor_sync(~0u, rows.total[i], 1);
+        rows.total[i] += __shfl_xor_sync(~0u, rows.total[i], 2);
+      }
 
       const int inner = of.heads * kHead;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (row + 8 * i >= of.length) continue;
-        const int64_t at = token + row + 8 * i;
+        const int64_t at = static_cast<int64_t>(video) * of.length + row + 8 * i;
         if (head == 0 && thread_again() % 4 == 0) of.out_scale[at] = out_scale;
         const float factor = 1 / (rows.total[i] * out_scale);
         auto* to = static_cast<uint8_t*>(of.out) + at * inner + head * kHead;

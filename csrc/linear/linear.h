@@ -19,7 +19,9 @@ struct RowsArguments {
   int* flags;                  // those of the products that follow, which begin at 0; or null
   int num_flags;
   int64_t rows;
-  int64_t padded;  // rows of `out` and `scale`, of e4m3: from `rows` on zeros; or less than `rows`
+  // Of e4m3, where videos are to begin at multiples of `stride`: rows of `out` and `scale`, and of
+  // a video those that are tokens; the others become zeros with scale 0. Else 0.
+  int padded, stride, length;
   int width;
   float eps;
 };

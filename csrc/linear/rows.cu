@@ -10,7 +10,7 @@ namespace {
 template <bool kQuantised, int kChunks = kRowsMost / kRowsWidths>
 cudaError_t launch_rows(const RowsArguments& given, cudaStream_t stream) {
   if (given.width == kChunks * kRowsWidths) {
-    const int64_t rows = std::max(given.rows, given.padded);
+    const int64_t rows = std::max(given.rows, int64_t{given.padded});
     const int blocks = static_cast<int>((rows + kRowsWarps - 1) / kRowsWarps);
     return launch(rows_kernel<kChunks, kQuantised>, blocks, 32 * kRowsWarps, 0, stream, given);
   }

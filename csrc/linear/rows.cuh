@@ -34,11 +34,17 @@ __global__ void __launch_bounds__(32 * kRowsWarps) rows_kernel(RowsArguments giv
   after_kernel_before();
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsWarps + threadIdx.x / 32;
+  int64_t token = row;
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < given.num_flags; i += blockDim.x) given.flags[i] = 0;
   }
   constexpr int kWidth = 256 * kChunks;
-  if (row >= given.rows) {
+  if (kQuantised && given.padded) {
+    const int video = static_cast<int>(row) / given.stride;
+    const int place = static_cast<int>(row) - video * given.stride;
+    token = place < given.length ? static_cast<int64_t>(video) * given.length + place : given.rows;
+  }
+  if (token >= given.rows) {
     if (!kQuantised || row >= given.padded) return;
     uint2* out = reinterpret_cast<uint2*>(given.out) + row * (kWidth / 8) + lane;
 #pragma unroll
@@ -46,7 +52,8 @@ __global__ void __launch_bounds__(32 * kRowsWarps) rows_kernel(RowsArguments giv
     if (lane == 0) given.scale[row] = 0;
     return;
   }
-  const uint4* tokens = reinterpret_cast<const uint4*>(given.tokens) + row * (kWidth / 8) + lane;
+  const uint4* tokens =
+      reinterpret_cast<const uint4*>(given.tokens) + token * (kWidth / 8) + lane;
   uint4 packed[kChunks];
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) packed[i] = tokens[32 * i];

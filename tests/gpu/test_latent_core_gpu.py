@@ -19,14 +19,22 @@ def library(gpu):
     assert extension.load() is None
 
 
-def padded_to(tokens):
-    return -(-tokens // 256) * 256
+def rows_of(batch, length):
+    """Rows from one video to the next, and of all."""
+    stride = -(-length // TILE) * TILE
+    return stride, -(-batch * stride // 256) * 256
+
+
+def tokens_of(one, batch, length):
+    """(batch, length, ...) of rows that are (padded, ...)."""
+    stride, _ = rows_of(batch, length)
+    return one[: batch * stride].unflatten(0, (batch, stride))[:, :length]
 
 
 def drawn(batch, length, heads, head, spread=1.0):
     """Heads in 8 bits as `latent_core` takes them, and in float64."""
     torch.manual_seed(0)
-    padded, inner = padded_to(batch * length), heads * head
+    (_, padded), inner = rows_of(batch, length), heads * head
     qk = torch.randint(-127, 128, (padded, 2 * inner), device="cuda", dtype=torch.int8)
     v = torch.randint(-127, 128, (inner, padded), device="cuda", dtype=torch.int8)
     # Scores of about `spread`, in scales that differ.
@@ -40,17 +48,14 @@ def drawn(batch, length, heads, head, spread=1.0):
 
 def equation(qk, v, q_scale, k_scale, v_scale, batch, length):
     """(batch length, inner), float64."""
-    heads, tokens, inner = len(q_scale), batch * length, len(v)
-    q, k = (one.double().unflatten(1, (heads, -1)).transpose(0, 1) for one in qk.split(inner, 1))
-    v = v.double().unflatten(0, (heads, -1)).transpose(1, 2)
-    q = q * q_scale.double()[..., None]
-    k, v = (
-        one * scale.double().repeat_interleave(TILE, 1)[..., None]
-        for one, scale in ((k, k_scale), (v, v_scale))
+    scales = [q_scale, *(scale.repeat_interleave(TILE, 1) for scale in (k_scale, v_scale))]
+    q, k, v = (
+        tokens_of(one.double().unflatten(1, (len(q_scale), -1)), batch, length).transpose(1, 2)
+        * tokens_of(scale.double().T, batch, length).transpose(1, 2)[..., None]
+        for one, scale in zip((*qk.split(len(v), 1), v.T), scales, strict=True)
     )
-    q, k, v = (one[:, :tokens].unflatten(1, (batch, length)) for one in (q, k, v))
     weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
-    return (weights @ v).flatten(1, 2).transpose(0, 1).flatten(1)
+    return (weights @ v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def by_hand(qk, v, q_scale, k_scale, v_scale, batch, length, head):
@@ -61,19 +66,21 @@ def by_hand(qk, v, q_scale, k_scale, v_scale, batch, length, head):
     more = more.flatten().repeat(TILE // 32)
     out = v.new_empty(batch * length, inner, dtype=torch.float8_e4m3fn)
     out_scale = v_scale.new_empty(batch * length)
-    for begin in range(0, batch * length, length):
-        rows, end = slice(begin, begin + length), begin + length
-        tiles = range(begin // TILE, -(-end // TILE))
+    stride, _ = rows_of(batch, length)
+    for video in range(batch):
+        rows = slice(video * length, (video + 1) * length)
+        begin, end = video * stride, video * stride + length
+        tiles = range(begin // TILE, (begin + stride) // TILE)
         out_scale[rows] = v_scale[:, tiles.start : tiles.stop].max() * 127 / 448
         for at in range(heads):
             columns = slice(at * head, (at + 1) * head)
-            q = qk[rows, columns].float()  # whole numbers, so sums are exact
-            unit = q_scale[at, rows] / head**0.5 * 1.4426950408889634
+            q = qk[begin:end, columns].float()  # whole numbers, so sums are exact
+            unit = q_scale[at, begin:end] / head**0.5 * 1.4426950408889634
             most, total, mean = torch.full_like(unit, -float("inf")), 0, 0
             for tile in tiles:
                 token = torch.arange(tile * TILE, (tile + 1) * TILE, device=v.device)
                 k = qk[token, inner:][:, columns].float()
-                scores = (q @ k.T).masked_fill((token < begin) | (token >= end), -float("inf"))
+                scores = (q @ k.T).masked_fill(token >= end, -float("inf"))
                 of_tile = (unit * k_scale[at, tile]).clamp(min=1e-30)  # else NaN outside
                 highest = scores.amax(1) * of_tile
                 now = torch.maximum(most, highest)
@@ -134,14 +141,14 @@ def test_keys_beside_one_that_outweighs_them_are_counted():
     values = qk, v, q_scale, k_scale, v_scale
     out, scale = run(values, 1, length, head)
     expected = equation(*values, 1, length)
-    # Those in its own tile are lost, an eighth of the mean.
-    assert relative_rms(out.double() * scale.double()[:, None], expected) < 0.15
+    # Without dither those in its own tile are lost, an eighth of the mean.
+    assert relative_rms(out.double() * scale.double()[:, None], expected) < 0.04
 
 
 def test_a_scale_that_is_not_finite_spoils_those_it_reaches():
-    batch, length, heads, head = 3, 256, 2, 128
+    batch, length, heads, head = 3, 200, 2, 128  # a video has 256 rows
     clean = run(drawn(batch, length, heads, head), batch, length, head)[0].float()
-    for which, tokens in ((2, [300]), (3, range(256, 512)), (4, range(256, 512))):
+    for which, tokens in ((2, [244]), (3, range(200, 400)), (4, range(200, 400))):
         values = drawn(batch, length, heads, head)
         values[which][1, 300 if which == 2 else 300 // TILE] = NAN
         out, scale = run(values, batch, length, head)
@@ -174,7 +181,7 @@ def test_repeats_are_equal_in_every_bit():
 def test_heads_are_the_projections_in_8_bits(batch, length, heads, head):
     torch.manual_seed(0)
     dim, inner, tokens = 256, heads * head, batch * length
-    padded = padded_to(tokens)
+    stride, padded = rows_of(batch, length)
     latents = torch.randn(tokens, dim, device="cuda").bfloat16()
     norm = [torch.randn(dim, device="cuda").bfloat16() for _ in range(2)]
     weight, weight_scale = quantise_rows(torch.randn(3 * inner, dim, device="cuda") / dim**0.5)
@@ -196,32 +203,27 @@ def test_heads_are_the_projections_in_8_bits(batch, length, heads, head):
         qk, v, q_scale, k_scale, v_scale, context, context_scale, out, parts, flags, length, head,
         1e-6,
     )  # fmt: skip
-    assert not quantised[tokens:].float().any() and not scale[tokens:].any()
+    row = torch.arange(padded, device="cuda")
+    is_token = (row % stride < length) & (row < batch * stride)
+    assert not quantised[~is_token].float().any() and torch.equal(scale > 0, is_token)
     u = quantised.double() * scale.double()[:, None]
     y = u @ (weight.double() * weight_scale.double()[:, None]).T + bias.double()
-    q, k, values = (one.unflatten(1, (heads, head)) for one in y.split(inner, 1))
+    y *= is_token[:, None]
+    exact = [one.unflatten(1, (heads, head)) for one in y.split(inner, 1)]
     # A row's largest, and a tile's.
-    assert torch.allclose(
-        q_scale[:, :tokens], (q.abs().amax(2) / 127).T[:, :tokens].float(), rtol=1e-3
+    largest = (
+        exact[0].abs().amax(2).T,
+        *(one.unflatten(0, (-1, TILE)).abs().amax((1, 3)).T for one in exact[1:]),
     )
-    counted = torch.arange(padded, device="cuda") < tokens
-    k = k * counted[:, None, None]
-    tiles = k.unflatten(0, (-1, TILE)).abs().amax((1, 3)).T / 127
-    some = tiles > 0
-    assert torch.allclose(k_scale[some], tiles[some].float(), rtol=1e-3)
-    assert torch.allclose(
-        v_scale, (values.unflatten(0, (-1, TILE)).abs().amax((1, 3)).T / 127).float(), rtol=1e-3
-    )
-    found_q, found_k = (one.double().unflatten(1, (heads, head)) for one in qk.split(inner, 1))
-    found_q = (found_q * q_scale.T.double()[..., None])[:tokens]
-    found_k = found_k * k_scale.T.double().repeat_interleave(TILE, 0)[..., None]
-    found_v = v.T.double().unflatten(1, (heads, head))
-    found_v = found_v * v_scale.T.double().repeat_interleave(TILE, 0)[..., None]
-    for found, exact in ((found_q, q), (found_k[:tokens], k), (found_v, values)):
-        assert relative_rms(found, exact[: len(found)]) < 0.02
+    for found, most in zip((q_scale, k_scale, v_scale), largest, strict=True):
+        torch.testing.assert_close(found.double(), most / 127, rtol=1e-3, atol=1e-30)
+    scales = q_scale, *(one.repeat_interleave(TILE, 1) for one in (k_scale, v_scale))
+    for found, by, expected in zip((*qk.split(inner, 1), v.T), scales, exact, strict=True):
+        found = found.double().unflatten(1, (heads, head)) * by.double().T[..., None]
+        assert relative_rms(found, expected) < 0.02
     core = equation(qk, v, q_scale, k_scale, v_scale, batch, length)
-    assert relative_rms(context.double() * context_scale.double()[:, None], core) < 0.035
-    branch = context.double() * context_scale.double()[:, None]
-    branch = branch @ (o_weight.double() * o_scale.double()[:, None]).T + o_bias.double()
+    read = context.double() * context_scale.double()[:, None]
+    assert relative_rms(read, core) < 0.035
+    branch = read @ (o_weight.double() * o_scale.double()[:, None]).T + o_bias.double()
     assert relative_rms(out.double() - latents.double(), branch) < 0.02
     assert not flags.any()
