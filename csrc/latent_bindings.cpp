@@ -21,6 +21,7 @@ snapkernels::LatentCoreArguments core_of(const char* op, const Tensor& qk, const
                       padded % snapkernels::kProductColumns == 0 &&
                       padded <= snapkernels::kProductMost,
                   op, ": ", tokens, " tokens in ", length, "s, and ", padded, " rows");
+  STD_TORCH_CHECK(heads * padded <= INT32_MAX, op, ": ", heads, " heads of ", padded, " rows");
   const int64_t stride = (length + kHeadsTokens - 1) / kHeadsTokens * kHeadsTokens;
   STD_TORCH_CHECK(tokens / length <= padded / stride, op, ": ", padded, " rows are too few");
   const auto scales = [&](const char* name, const Tensor& scale, int64_t each) {
@@ -72,33 +73,16 @@ void latent_attention_fp8(Tensor latents, Tensor norm_weight, Tensor norm_bias, 
   rows.stride = core.stride;
   rows.length = core.length;
 
-  const auto* weight =
-      static_cast<const uint8_t*>(call.fp8("qkv_weight", qkv_weight, 3 * inner * width));
-  const auto* bias = static_cast<const uint16_t*>(call.bf16("qkv_bias", qkv_bias, 3 * inner));
-  const float* of_weight = call.fp32("qkv_scale", qkv_scale, 3 * inner);
-  auto queries_keys = call.product("qkv_bias", qkv_bias, width, 1);
-  queries_keys.a = rows.out;
-  queries_keys.row_scale = rows.scale;
-  queries_keys.weight = weight;
-  queries_keys.column_scale = of_weight;
-  queries_keys.rows = core.padded;
-  queries_keys.columns = static_cast<int>(2 * inner);
-  queries_keys.out = qk.data_ptr();
-  queries_keys.heads.q_scale = core.q_scale;
-  queries_keys.heads.tile_scale = core.k_scale;
-  queries_keys.heads.inner = static_cast<int>(inner);
-  queries_keys.heads.padded = core.padded;
-
-  auto values = queries_keys;  // its weight's rows by the tokens: v^T
-  values.a = weight + 2 * inner * width;
-  values.row_scale = of_weight + 2 * inner;
-  values.weight = rows.out;
-  values.column_scale = rows.scale;
-  values.bias = bias + 2 * inner;
-  values.rows = static_cast<int>(inner);
-  values.columns = core.padded;
-  values.out = v.data_ptr();
-  values.heads.tile_scale = core.v_scale;
+  auto first = call.product("qkv_bias", qkv_bias, width, 1);
+  first.a = rows.out;
+  first.row_scale = rows.scale;
+  first.weight = call.fp8("qkv_weight", qkv_weight, 3 * inner * width);
+  first.column_scale = call.fp32("qkv_scale", qkv_scale, 3 * inner);
+  first.rows = core.padded;
+  first.out = qk.data_ptr();
+  first.heads = {v.data_ptr(),  core.q_scale, core.k_scale, core.v_scale,
+                 static_cast<int>(inner), core.padded};
+  STD_TORCH_CHECK(first.columns == 3 * inner, call.op, ": qkv_bias");
 
   core.out = call.fp8("context", context, call.rows * inner);
   core.out_scale = call.fp32("context_scale", context_scale, call.rows);
@@ -112,8 +96,7 @@ void latent_attention_fp8(Tensor latents, Tensor norm_weight, Tensor norm_bias, 
   last.out = call.bf16("out", out, latents.numel());
   STD_TORCH_CHECK(last.columns == width, call.op, ": o_bias");
   check_launch(call.op, snapkernels::quantise_rows(rows, call.stream));
-  check_launch(call.op, snapkernels::product_queries_keys(queries_keys, head, call.stream));
-  check_launch(call.op, snapkernels::product_values(values, head, call.stream));
+  check_launch(call.op, snapkernels::product_heads(first, head, call.stream));
   check_launch(call.op, snapkernels::latent_core(core, call.stream));
   check_launch(call.op, snapkernels::product_fp8(last, call.stream));
 }

@@ -50,6 +50,17 @@ __device__ inline void copy_box_in_order(int blocks, uint32_t to, const CUtensor
       : "memory");
 }
 
+// The same of a map in fours, from row 32 `thirty_twos` on, or of a half of its 128.
+__device__ inline void copy_box_in_fours(int blocks, uint32_t to, const CUtensorMap* map,
+                                         int column, int thirty_twos, int half, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, 0, 0, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(thirty_twos), "r"(half), "r"(barrier),
+      "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
 // The same into this block alone, of the box that begins with rows `group` of such a map.
 __device__ inline void copy_box_in_order(uint32_t to, const CUtensorMap* map, int column,
                                          int group, uint32_t barrier) {
@@ -84,6 +95,13 @@ __device__ inline uint32_t thread_again() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
+}
+
+// A number that the compiler does not know from before: what follows from it is computed again, and
+// takes no registers until then.
+__device__ inline int again(int number) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(number));
+  return number;
 }
 
 __device__ inline int rank_in_cluster() {

@@ -45,6 +45,20 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t m
   return encode_tensor_map(map, data, 3, sizes, strides, box, type);
 }
 
+// Of contiguous rows in the order in which a lane of a warpgroup's 128 has four that follow each
+// other: row 32 w + 4 r + 2 h + e as row 64 h + 16 w + 8 e + r of a box, or of every half h.
+inline cudaError_t make_tensor_map_in_fours(CUtensorMap* map, const void* data, int64_t rows,
+                                            int64_t columns, int halves, CUtensorMapDataType type,
+                                            int bytes) {
+  const cuuint64_t row = bytes * columns;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), 8, 2,
+                              static_cast<cuuint64_t>(rows / 32), 2};
+  const cuuint64_t strides[] = {4 * row, row, 32 * row, 2 * row};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / bytes), 8, 2, 4,
+                            static_cast<cuuint32_t>(halves)};
+  return encode_tensor_map(map, data, 5, sizes, strides, box, type);
+}
+
 // Of contiguous rows in the order in which each of four lanes, which have pairs of accumulators,
 // has `together` of them that follow each other: of 4 `together`, row `together` q + 2 b + e as
 // row 8 b + 2 q + e of a box.

@@ -1,4 +1,5 @@
-// How a product of q and k, or of v, ends for latent_core.cuh: as 8-bit integers and their scales.
+// How the product of normed latents and q's, k's and v's weight ends for latent_core.cuh: as 8-bit
+// integers and their scales, v's transposed.
 //
 // A warpgroup has 128 tokens and 128 columns of heads, two of 64 or one of 128. Of q every token
 // has a scale, of k and v every head of the 128 tokens: the largest magnitude / 127. One that is
@@ -15,9 +16,9 @@ namespace snapkernels {
 
 __device__ inline float count_scale(float most) { return most < INFINITY ? most / 127 : NAN; }
 
-// The largest of a warpgroup, of each of kHeads; `lines` are not needed any more.
+// The largest of a warpgroup, of each of kHeads; in 16 kHeads bytes of `scratch`.
 template <int kHeads>
-__device__ inline void share_most(float (&most)[kHeads], uint32_t lines) {
+__device__ inline void share_most(float (&most)[kHeads], uint32_t scratch) {
   const int thread = thread_again() % 128;
 #pragma unroll
   for (int head = 0; head < kHeads; ++head) most[head] = warp_most(most[head]);
@@ -25,7 +26,7 @@ __device__ inline void share_most(float (&most)[kHeads], uint32_t lines) {
   if (thread % 32 == 0) {
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
-      store_float(lines + 4 * (thread / 32 * kHeads + head), most[head]);
+      store_float(scratch + 4 * (thread / 32 * kHeads + head), most[head]);
     }
   }
   barrier_wait(thread_again() / 128, 128);
@@ -33,50 +34,34 @@ __device__ inline void share_most(float (&most)[kHeads], uint32_t lines) {
   for (int warp = 0; warp < 4; ++warp) {
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
-      most[head] = larger(most[head], load_float(lines + 4 * (warp * kHeads + head)));
+      most[head] = larger(most[head], load_float(scratch + 4 * (warp * kHeads + head)));
     }
   }
 }
 
-// kTurned: rows are those of v's weight, columns are tokens, and so the result is v^T. Else rows
-// are tokens, and columns those of q and then of k.
-template <int kHead, bool kTurned>
+// Rows are tokens, in fours (tensor_map.h); columns those of q, k and v in turn.
+template <int kHead>
 struct HeadsEnd {
   static constexpr int kTogether = 16;
+  static constexpr bool kFours = true;
   static constexpr int kHeads = 128 / kHead;
   static constexpr int kGroups = kProductSlice / 4 / kTogether;  // of 64 columns
   static constexpr int kRows = 2 * kProductHalves;
 
-  static __device__ void begin(const ProductArguments& of, uint32_t lines, int row, int column,
-                               int thread) {
-    if constexpr (kTurned) {
-      store_float(lines + 4 * thread, of.column_scale[column + thread]);
-    } else {
-      load_lines<Fp8>(of, lines, column, thread);
-    }
-  }
+  static __device__ void fetch(const ProductArguments&, int, int, int) {}
 
-  // Which of a warpgroup's heads the numbers of a lane's row i and group are of.
-  static __device__ constexpr int head_of(int i, int group) {
-    return kHeads == 1 ? 0 : kTurned ? i / 2 : group;
-  }
+  // Which of a warpgroup's heads a group is of.
+  static __device__ constexpr int head_of(int group) { return kHeads == 1 ? 0 : group; }
 
   static __device__ void end(const ProductArguments& of, ProductSums& sums, int first_row,
-                             int column, uint32_t lines) {
+                             int column, uint32_t lines, uint32_t scratch) {
     const int lane = thread_again() % 32, first = lane % 4 * kTogether;
-    const int row = first_row + thread_again() % 128 / 32 * 16 + lane / 4;
-    const auto row_of = [&](int i) { return row + i / 2 * 64 + i % 2 * 8; };
-    float row_scales[kRows], row_biases[kRows];
+    // And the kRows - 1 that follow.
+    const int row = first_row + (thread_again() % 128 / 32 * 8 + lane / 4) * kRows;
+    float row_scales[kRows], most[kRows][kHeads];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      row_scales[i] = of.row_scale[row_of(i)];
-      if constexpr (kTurned) {
-        row_biases[i] = __bfloat162float(static_cast<const __nv_bfloat16*>(of.bias)[row_of(i)]);
-      }
-    }
-    float most[kRows][kHeads];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+      row_scales[i] = of.row_scale[row + i];
 #pragma unroll
       for (int head = 0; head < kHeads; ++head) most[i][head] = kLeast;
     }
@@ -87,47 +72,21 @@ struct HeadsEnd {
         const uint32_t at = lines + 4 * (group * 4 * kTogether + first + 8 * part);
         float scales[8], biases[8];
         load_eight(scales, at);
-        if constexpr (!kTurned) load_eight(biases, at + 4 * kProductSlice);
+        load_eight(biases, at + 4 * kProductSlice);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             float& y = sums[i / 2][group * kTogether / 2 + part * 4 + j / 2][i % 2 * 2 + j % 2];
-            const bool token = (kTurned ? scales[j] : row_scales[i]) != 0;
-            const float bias = kTurned ? row_biases[i] : biases[j];
-            y = fmaf(y * row_scales[i], scales[j], token ? bias : 0);
-            float& largest = most[i][head_of(i, group)];
+            y = fmaf(y * row_scales[i], scales[j], row_scales[i] != 0 ? biases[j] : 0);
+            float& largest = most[i][head_of(group)];
             largest = larger(largest, fabsf(y));
           }
         }
       }
     }
-    const bool keys = !kTurned && column >= of.heads.inner;
-    if (kTurned || keys) {
-      float all[kHeads];
-#pragma unroll
-      for (int head = 0; head < kHeads; ++head) {
-        all[head] = most[0][head];
-#pragma unroll
-        for (int i = 1; i < kRows; ++i) all[head] = larger(all[head], most[i][head]);
-      }
-      share_most(all, lines);
-      const int tokens = kTurned ? column : first_row;
-      const int of_heads = kTurned ? first_row : column - of.heads.inner;
-      if (thread_again() % 128 == 0) {
-        const int64_t scales = of.heads.padded / kHeadsTokens;
-#pragma unroll
-        for (int head = 0; head < kHeads; ++head) {
-          of.heads.tile_scale[(of_heads / kHead + head) * scales + tokens / kHeadsTokens] =
-              count_scale(all[head]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int head = 0; head < kHeads; ++head) most[i][head] = all[head];
-      }
-    } else {
+    const int which = column / of.heads.inner, inner_column = column - which * of.heads.inner;
+    if (which == 0) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -136,19 +95,52 @@ struct HeadsEnd {
           largest = larger(largest, __shfl_xor_sync(~0u, largest, 1));
           largest = larger(largest, __shfl_xor_sync(~0u, largest, 2));
           if (lane % 4 == 0) {
-            of.heads.q_scale[int64_t{column / kHead + head} * of.heads.padded + row_of(i)] =
-                count_scale(largest);
+            const int64_t heads = column / kHead + head;
+            of.heads.q_scale[heads * of.heads.padded + row + i] = count_scale(largest);
           }
         }
       }
+    } else {
+      float all[kHeads];
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) {
+        all[head] = most[0][head];
+#pragma unroll
+        for (int i = 1; i < kRows; ++i) all[head] = larger(all[head], most[i][head]);
+      }
+      share_most(all, scratch);
+      if (thread_again() % 128 == 0) {
+        float* scale = which == 1 ? of.heads.k_scale : of.heads.v_scale;
+        const int64_t scales = of.heads.padded / kHeadsTokens;
+#pragma unroll
+        for (int head = 0; head < kHeads; ++head) {
+          scale[(inner_column / kHead + head) * scales + first_row / kHeadsTokens] =
+              count_scale(all[head]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int head = 0; head < kHeads; ++head) most[i][head] = all[head];
+      }
     }
+    if (which < 2) {
+      store_rows(of, sums, most, row, column + first);
+    } else {
+      store_columns(of, sums, most, row, inner_column + first);
+    }
+  }
+
+  // Of q or k, 16 columns of a row at a time.
+  static __device__ void store_rows(const ProductArguments& of, const ProductSums& sums,
+                                    const float (&most)[kRows][kHeads], int row, int column) {
+    const int columns = 2 * of.heads.inner;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      auto* to = static_cast<uint8_t*>(of.out) + static_cast<int64_t>(row_of(i)) * of.columns +
-                 column + first;
+      auto* to = static_cast<uint8_t*>(of.out) + static_cast<int64_t>(row + i) * columns + column;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const float inverse = 127 / most[i][head_of(i, group)];
+        const float inverse = 127 / most[i][head_of(group)];
         uint32_t words[4];
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
@@ -161,6 +153,27 @@ struct HeadsEnd {
         }
         *reinterpret_cast<uint4*>(to + group * 4 * kTogether) =
             make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+
+  // Of v, kRows tokens of a column at a time: with those of a warp's other lanes they are 32.
+  static __device__ void store_columns(const ProductArguments& of, const ProductSums& sums,
+                                       const float (&most)[kRows][kHeads], int row, int column) {
+    static_assert(kRows == 4);
+    const int64_t tokens = of.heads.padded;
+    auto* to = static_cast<uint8_t*>(of.heads.v) + column * tokens + row;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const float inverse = 127 / most[0][head_of(group)];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int block = group * kTogether / 2 + j / 2, e = j % 2;
+        const float(&low)[4] = sums[0][block];
+        const float(&high)[4] = sums[1][block];
+        *reinterpret_cast<uint32_t*>(to + (group * 4 * kTogether + j) * tokens) =
+            last_bytes(rounded(low[e], inverse), rounded(low[2 + e], inverse),
+                       rounded(high[e], inverse), rounded(high[2 + e], inverse));
       }
     }
   }

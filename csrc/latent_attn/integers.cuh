@@ -93,14 +93,21 @@ __device__ inline uint32_t last_bytes(uint32_t a, uint32_t b, uint32_t c, uint32
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// The largest integer up to a sum from 0 to below 256 in the last byte but one; `more` is 256ths.
-__device__ inline uint32_t floored(float value, float more) {
-  return __float_as_uint(value + (49152.f + more));
+// The nearest integers, 255 at most, in bytes.
+__device__ inline uint32_t bytes(const float (&four)[4]) {
+  uint32_t low, all;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, 0;"
+      : "=r"(low)
+      : "r"(__float2int_rn(four[3])), "r"(__float2int_rn(four[2])));
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;"
+      : "=r"(all)
+      : "r"(__float2int_rn(four[1])), "r"(__float2int_rn(four[0])), "r"(low));
+  return all;
 }
 
-// Four bytes, each the last but one of a word.
-__device__ inline uint32_t next_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0051), __byte_perm(c, d, 0x0051), 0x5410);
+// A mask of the first `count` bytes of four.
+__device__ inline uint32_t first_bytes(int count) {
+  return count >= 4 ? ~0u : (1u << (8 * max(count, 0))) - 1;
 }
 
 }  // namespace snapkernels

@@ -26,9 +26,8 @@ struct LatentCoreArguments {
   int heads, head;       // head: its width, 64 or 128; heads have a multiple of 128 together
 };
 
-// q and k of the tokens (a) by their weights; v by its weight (a) of the tokens, the columns.
-cudaError_t product_queries_keys(const ProductArguments& given, int head, cudaStream_t stream);
-cudaError_t product_values(const ProductArguments& given, int head, cudaStream_t stream);
+// q, k and v of the tokens.
+cudaError_t product_heads(const ProductArguments& given, int head, cudaStream_t stream);
 cudaError_t latent_core(const LatentCoreArguments& given, cudaStream_t stream);
 
 }  // namespace snapkernels

@@ -13,18 +13,17 @@ template <int kHead>
 cudaError_t launch_core(const LatentCoreArguments& of, cudaStream_t stream) {
   CUtensorMap q, k, v;
   const int inner = of.heads * kHead;
-  cudaError_t error = make_tensor_map(&q, of.qk, 1, of.padded, 2 * inner,
-                                      CoreWork<kHead>::kQueries, kBytes, 1);
+  cudaError_t error =
+      make_tensor_map(&q, of.qk, 1, of.padded, 2 * inner, kCoreQueries, kBytes, 1);
   if (error != cudaSuccess) return error;
-  error = make_tensor_map_in_order(&k, of.qk, of.padded, 2 * inner, 64, 4, kBytes, 1);
+  error = make_tensor_map_in_order(&k, of.qk, of.padded, 2 * inner, kHeadsTokens, 4, kBytes, 1);
   if (error != cudaSuccess) return error;
-  error = make_tensor_map_in_order(&v, of.v, inner, of.padded, 64, 16, kBytes, 1);
+  error = make_tensor_map_in_order(&v, of.v, inner, of.padded, kHead, 16, kBytes, 1);
   if (error != cudaSuccess) return error;
   int blocks;
-  error = blocks_of_clusters(&blocks, CoreWork<kHead>(of).items(), kCoreBlocks);
+  error = blocks_of_clusters(&blocks, CoreWork(of).items(), 1);
   if (error != cudaSuccess) return error;
-  return launch_clusters(latent_core_kernel<kHead>, blocks, kCoreBlocks, kCoreThreads, kCoreShared,
-                         stream, q, k, v, of);
+  return launch(latent_core_kernel<kHead>, blocks, kCoreThreads, kCoreShared, stream, q, k, v, of);
 }
 
 }  // namespace

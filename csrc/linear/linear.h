@@ -33,12 +33,15 @@ constexpr int64_t kRowsCount = 1 << 26;  // at most
 cudaError_t quantise_rows(const RowsArguments& given, cudaStream_t stream);
 cudaError_t normalise_rows(const RowsArguments& given, cudaStream_t stream);
 
-// Of a product whose columns are heads in 8 bits: latent_attn/heads_end.cuh.
+// Of a product whose columns are heads in 8 bits, those of q and k its result: heads_end.cuh in
+// latent_attn.
 struct HeadsArguments {
-  float* q_scale;     // (heads, padded), of a token
-  float* tile_scale;  // (heads, padded / 128), of k or v
-  int inner;          // columns of q, before those of k
-  int padded;         // tokens, to a multiple of 256
+  void* v;         // (inner, padded), int8
+  float* q_scale;  // (heads, padded), of a token
+  float* k_scale;  // (heads, padded / 128), of 128 tokens
+  float* v_scale;  // likewise
+  int inner;       // columns of q, of k and of v
+  int padded;      // tokens, to a multiple of 256
 };
 
 // out = residual + (rows x weight^T) * scales + bias, or GELU of that without the residual.

@@ -6,9 +6,9 @@
 // accumulators are columns that follow each other, so it stores 16 bytes at a time.
 //
 // Sums of e4m3 are kept to some 14 bits by the tensor cores, each addend cut to the sum's last:
-// over a long depth that is an error of its own. So after kPromote stages of 128 bytes they are
-// added to sums in float32 and begin anew; one warpgroup does that while the other multiplies.
-// Those of bfloat16 are float32 to begin with: 0.
+// over a long depth that is an error of its own if they have one sign. So after kPromote stages of
+// 128 bytes they are added to sums in float32 and begin anew; one warpgroup does that while the
+// other multiplies. Those of bfloat16 are float32 to begin with: 0.
 #pragma once
 
 #include "linear/linear.h"
@@ -45,14 +45,15 @@ constexpr int kProductRegisters = 232;
 constexpr int kProductGroup = 8;
 constexpr int kProductUnit = 2;  // stages: of these a tile is as many units as its depth has
 
+// Scales and biases of the block's columns, by a warpgroup.
 template <typename Operand>
-constexpr int kPromote = Operand::kBytes == 1 ? 2 : 0;
-
-// A number that the compiler does not know from before: what follows from it is computed again, and
-// takes no registers until then.
-__device__ inline int again(int number) {
-  asm volatile("mov.b32 %0, %0;" : "+r"(number));
-  return number;
+__device__ inline void load_lines(const ProductArguments& of, uint32_t lines, int column,
+                                  int thread) {
+  const float bias = __bfloat162float(static_cast<const __nv_bfloat16*>(of.bias)[column + thread]);
+  store_float(lines + 4 * (kProductSlice + thread), bias);
+  if constexpr (Operand::kBytes == 1) {
+    store_float(lines + 4 * thread, of.column_scale[column + thread]);
+  }
 }
 
 struct ProductWork {
@@ -129,13 +130,13 @@ struct ProductRecords {
   }
 };
 
-template <int kTogether, typename Operand>
+template <typename Operand, typename End>
 __device__ inline void copy_product(const ProductArguments& of, const CUtensorMap* a,
                                     const CUtensorMap* weight,
                                     Ring<kProductStages, kProductStageBytes> ring,
                                     const ProductRecords& records, int rank) {
   constexpr int kStep = kMatrixRow / Operand::kBytes;
-  constexpr int kShare = kProductRows / kProductBlocks;
+  constexpr int kShare = kProductRows / kProductBlocks, kEvery = (1 << kProductBlocks) - 1;
   int piece = 0;
   for (ProductPieces pieces(of, Operand::kBytes); pieces.some(); pieces.next()) {
     const int2 tile = pieces.work.tile(pieces.item());
@@ -145,10 +146,15 @@ __device__ inline void copy_product(const ProductArguments& of, const CUtensorMa
     for (int step = first; step < first + steps; ++step) {
       ring.wait_free();
       phase_expect(ring.full(), kProductStageBytes);
-      copy_box_to((1 << kProductBlocks) - 1, ring.place() + rank * kShare * kMatrixRow, a,
-                  step * kStep, tile.x + rank * kShare, 0, ring.full());
+      const uint32_t to = ring.place() + rank * kShare * kMatrixRow;
+      const int row = tile.x + rank * kShare;
+      if constexpr (End::kFours) {
+        copy_box_in_fours(kEvery, to, a, step * kStep, row / 32, 0, ring.full());
+      } else {
+        copy_box_to(kEvery, to, a, step * kStep, row, 0, ring.full());
+      }
       copy_box_in_order(ring.place() + kProductRowsBytes, weight, step * kStep,
-                        column / (4 * kTogether), ring.full());
+                        column / (4 * End::kTogether), ring.full());
       ring.next();
     }
   }
@@ -180,7 +186,7 @@ __device__ inline void multiply_tile(ProductSums& sums, const Steps& steps,
 #pragma unroll
   for (int half = 0; half < kProductHalves; ++half) clear(sums[half]);
   auto read = ring;
-  constexpr int kStages = kPromote<Operand>;
+  constexpr int kStages = Operand::kPromote;
   if constexpr (kStages == 0) {
 #pragma unroll 1
     for (int step = 0; step < steps(); ++step) {
@@ -325,7 +331,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   if (threadIdx.x < 128) {
     registers_shrink<kProductCopier>();
     if (threadIdx.x == 0) {
-      copy_product<End::kTogether, Operand>(of, &a, &weight, ring, records, rank);
+      copy_product<Operand, End>(of, &a, &weight, ring, records, rank);
     }
   } else {
     registers_grow<kProductRegisters>();
@@ -337,7 +343,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       const ProductRecord now = records.read(piece);
       if (now.steps == 0) break;
       barrier_wait(thread_again() / 128, 128);  // the lines of the tile before are read
-      End::begin(of, lines, now.row + first_row, now.column, thread_again() % 128);
+      load_lines<Operand>(of, lines, now.column, thread_again() % 128);
+      End::fetch(of, now.row + first_row, now.column, thread_again() % 128);
       ProductSums sums;
       // Read again at every step: a register less.
       const auto steps = [&] { return records.read(again(piece)).steps; };
@@ -349,7 +356,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         if (of.share > 0) take_over(of, sums, done.end);
         barrier_wait(thread_again() / 128, 128);
         const ProductRecord ended = records.read(again(piece));
-        End::end(of, sums, ended.row + first_row, ended.column, lines);
+        End::end(of, sums, ended.row + first_row, ended.column, lines, lines);
       }
     }
   }

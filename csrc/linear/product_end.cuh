@@ -5,17 +5,6 @@
 
 namespace snapkernels {
 
-// Scales and biases of the block's columns, by a warpgroup for itself.
-template <typename Operand>
-__device__ inline void load_lines(const ProductArguments& of, uint32_t lines, int column,
-                                  int thread) {
-  const float bias = __bfloat162float(static_cast<const __nv_bfloat16*>(of.bias)[column + thread]);
-  store_float(lines + 4 * (kProductSlice + thread), bias);
-  if constexpr (Operand::kBytes == 1) {
-    store_float(lines + 4 * thread, of.column_scale[column + thread]);
-  }
-}
-
 __device__ inline void load_eight(float (&to)[8], uint32_t from) {
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
@@ -53,16 +42,15 @@ __device__ inline void fetch_residual(const ProductArguments& of, int row, int c
 template <typename Operand, bool kGelu>
 struct ProductEnd {
   static constexpr int kTogether = Operand::kBytes == 1 && kGelu ? 16 : 8;
+  static constexpr bool kFours = false;  // a lane's rows do not follow each other
 
   // Before the sums of a warpgroup's rows: what their end reads.
-  static __device__ void begin(const ProductArguments& of, uint32_t lines, int row, int column,
-                               int thread) {
-    load_lines<Operand>(of, lines, column, thread);
+  static __device__ void fetch(const ProductArguments& of, int row, int column, int thread) {
     if constexpr (!kGelu) fetch_residual(of, row, column, thread);
   }
 
   static __device__ void end(const ProductArguments& of, const ProductSums& sums, int row,
-                             int column, uint32_t lines) {
+                             int column, uint32_t lines, uint32_t) {
     constexpr bool kFp8 = Operand::kBytes == 1, kQuantised = kFp8 && kGelu;
     constexpr int kGroups = kProductSlice / 4 / kTogether;
     constexpr int kRows = 2 * kProductHalves;

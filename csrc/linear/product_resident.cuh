@@ -6,7 +6,7 @@
 // in step with all others, so that rows come from memory once.
 #pragma once
 
-#include "linear/product_end.cuh"
+#include "linear/product.cuh"
 
 namespace snapkernels {
 
@@ -19,7 +19,9 @@ constexpr int kResidentLines = kResidentRing + kResidentStages * kResidentStageB
 constexpr int kResidentBarriers = kResidentLines + kProductLinesBytes;
 constexpr int kResidentHeld = kResidentBarriers + 16 * kResidentStages;
 constexpr int kResidentTurns = kResidentHeld + 8;
-constexpr int kResidentShared = kResidentTurns + 8 * kProductConsumers;
+constexpr int kResidentScratch = kResidentTurns + 8 * kProductConsumers;
+constexpr int kResidentScratchBytes = 32;  // of a warpgroup, for its end
+constexpr int kResidentShared = kResidentScratch + kResidentScratchBytes * kProductConsumers;
 
 // Of `blocks` those that share out the columns evenly, 256 to a cluster.
 inline int resident_blocks(const ProductArguments& of, int blocks) {
@@ -45,7 +47,7 @@ struct ResidentWork {
   }
 };
 
-template <bool kGelu>
+template <typename End>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product_resident_kernel(const __grid_constant__ CUtensorMap a,
                             const __grid_constant__ CUtensorMap weight, ProductArguments of) {
@@ -73,15 +75,22 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       phase_expect(held, steps * kProductSliceBytes);
       for (int step = 0; step < steps; ++step) {
         copy_box_in_order(base + step * kProductSliceBytes, &weight, step * kMatrixRow,
-                          column / (4 * ProductEnd<Fp8, kGelu>::kTogether), held);
+                          column / (4 * End::kTogether), held);
       }
-      constexpr int kShare = kResidentRows / kProductBlocks;
+      constexpr int kShare = kResidentRows / kProductBlocks, kEvery = (1 << kProductBlocks) - 1;
+      static_assert(kShare == 64);
       for (int tile = work.first(cluster); tile < last; ++tile) {
         for (int step = 0; step < steps; ++step) {
           ring.wait_free();
           phase_expect(ring.full(), kResidentStageBytes);
-          copy_box_to((1 << kProductBlocks) - 1, ring.place() + rank * kShare * kMatrixRow, &a,
-                      step * kMatrixRow, tile * kResidentRows + rank * kShare, 0, ring.full());
+          const uint32_t to = ring.place() + rank * kShare * kMatrixRow;
+          const int first_row = tile * kResidentRows;
+          if constexpr (End::kFours) {
+            copy_box_in_fours(kEvery, to, &a, step * kMatrixRow, first_row / 32, rank, ring.full());
+          } else {
+            copy_box_to(kEvery, to, &a, step * kMatrixRow, first_row + rank * kShare, 0,
+                        ring.full());
+          }
           ring.next();
         }
       }
@@ -100,7 +109,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       ProductSums sums;
 #pragma unroll
       for (int half = 0; half < kProductHalves; ++half) clear(sums[half]);
-      if constexpr (!kGelu) fetch_residual(of, tile * kResidentRows, column, thread);
+      End::fetch(of, tile * kResidentRows, column, thread);
       auto read = ring;
       // Until the other has seen all of its stages: only then does a parity tell those of the
       // ring's next round from those of the one before.
@@ -122,7 +131,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       for (int half = 0; half < kProductHalves; ++half) settle(sums[half]);
       free_slot<kProductBlocks>(read, thread);
       for (int step = 0; step < steps; ++step) ring.next();  // the other's
-      ProductEnd<Fp8, kGelu>::end(of, sums, tile * kResidentRows, column, base + kResidentLines);
+      End::end(of, sums, tile * kResidentRows, column, base + kResidentLines,
+               base + kResidentScratch + kResidentScratchBytes * warpgroup);
     }
   }
   cluster_wait();

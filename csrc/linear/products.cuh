@@ -24,6 +24,7 @@ namespace snapkernels {
 
 // 64 x 128, 32 bytes of K: the first of a sum, and one that is added to it.
 struct Fp8 {
+  static constexpr int kPromote = 2;  // stages, after which sums are added to others
   static constexpr int kBytes = 1;
   static constexpr auto kMap = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   static __device__ void first(Accumulators<16>& sum, uint64_t a, uint64_t b) {
@@ -38,7 +39,13 @@ struct Fp8 {
   }
 };
 
+// The same, its sums left where they are added.
+struct Fp8Unpromoted : Fp8 {
+  static constexpr int kPromote = 0;
+};
+
 struct Bf16 {
+  static constexpr int kPromote = 0;
   static constexpr int kBytes = 2;
   static constexpr auto kMap = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   static __device__ void add(Accumulators<16>& sum, uint64_t a, uint64_t b) {

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import layer_norm
 
 from snapkernels import (
     FeedForwardWeights,
@@ -16,6 +17,7 @@ from snapkernels import (
 )
 from snapkernels.ops.feed_forward.weights import DIMS
 from snapkernels.testing.inputs import random_weights
+from snapkernels.testing.numerics import relative_rms
 
 pytestmark = pytest.mark.gpu
 NAN, INF = float("nan"), float("inf")
@@ -119,3 +121,18 @@ def test_repeats_are_equal_in_every_bit(name, gpu):
     first = run(x)
     for _ in range(100):
         assert torch.equal(run(x), first)
+
+
+@pytest.mark.parametrize("depth", [1024, 3072, 4096])
+def test_sums_of_layernorms_rows_lose_less_than_bf16_rounds(depth, gpu):
+    """They are not promoted; what is left is bf16's 1.7e-3, and LN rounded another way."""
+    torch.manual_seed(0)
+    x = torch.randn(512, depth, device=gpu).bfloat16()
+    norm = [(one + 0.1 * torch.randn(depth, device=gpu)).bfloat16() for one in (1, 0)]
+    matrix, scale = quantise_rows(torch.randn(512, depth, device=gpu) / depth**0.5)
+    bias = torch.zeros(512, device=gpu).bfloat16()
+    found = linear_fp8(x, matrix, scale, bias, norm[0], norm[1], backend="cuda")
+    widened = (one.double() for one in norm)
+    rows, by = quantise_rows(layer_norm(x.double(), (depth,), *widened, 1e-6).float())
+    expected = (rows.double() * by[:, None]) @ (matrix.double() * scale[:, None]).T
+    assert relative_rms(found, expected) < 3e-3

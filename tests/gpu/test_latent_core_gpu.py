@@ -25,6 +25,13 @@ def rows_of(batch, length):
     return stride, -(-batch * stride // 256) * 256
 
 
+def is_token(batch, length):
+    """Of every row."""
+    stride, padded = rows_of(batch, length)
+    row = torch.arange(padded, device="cuda")
+    return (row % stride < length) & (row < batch * stride)
+
+
 def tokens_of(one, batch, length):
     """(batch, length, ...) of rows that are (padded, ...)."""
     stride, _ = rows_of(batch, length)
@@ -37,6 +44,7 @@ def drawn(batch, length, heads, head, spread=1.0):
     (_, padded), inner = rows_of(batch, length), heads * head
     qk = torch.randint(-127, 128, (padded, 2 * inner), device="cuda", dtype=torch.int8)
     v = torch.randint(-127, 128, (inner, padded), device="cuda", dtype=torch.int8)
+    v *= is_token(batch, length)  # others have no value
     # Scores of about `spread`, in scales that differ.
     unit = (spread * head**0.5) ** 0.5 / 73 / head**0.25
     q_scale = unit * (0.5 + torch.rand(heads, padded, device="cuda"))
@@ -62,7 +70,7 @@ def by_hand(qk, v, q_scale, k_scale, v_scale, batch, length, head):
     """The kernel's way, tile by tile."""
     heads, inner = len(q_scale), len(v)
     # A lane's scores in turn: keys 4 lane to 4 lane + 3 of every 16.
-    more = 0.5 + v.new_tensor(DITHER, dtype=torch.float32).view(2, 1, 4).expand(2, 4, 4) / 16
+    more = v.new_tensor(DITHER, dtype=torch.float32).view(2, 1, 4).expand(2, 4, 4) / 16
     more = more.flatten().repeat(TILE // 32)
     out = v.new_empty(batch * length, inner, dtype=torch.float8_e4m3fn)
     out_scale = v_scale.new_empty(batch * length)
@@ -86,8 +94,7 @@ def by_hand(qk, v, q_scale, k_scale, v_scale, batch, length, head):
                 now = torch.maximum(most, highest)
                 kept, share, most = torch.exp2(most - now), torch.exp2(highest - now), now
                 weights = 240 * torch.exp2(scores * of_tile[:, None] - highest[:, None])
-                # In 256ths, as the kernel adds it.
-                weights = ((256 * weights).round() / 256 + more).floor()
+                weights = (weights + more).round().clamp(0, 255)
                 total = total * kept + weights.sum(1) * share
                 added = weights @ v[columns][:, token].float().T
                 added *= (v_scale[at, tile] * share)[:, None]
@@ -181,7 +188,7 @@ def test_repeats_are_equal_in_every_bit():
 def test_heads_are_the_projections_in_8_bits(batch, length, heads, head):
     torch.manual_seed(0)
     dim, inner, tokens = 256, heads * head, batch * length
-    stride, padded = rows_of(batch, length)
+    _, padded = rows_of(batch, length)
     latents = torch.randn(tokens, dim, device="cuda").bfloat16()
     norm = [torch.randn(dim, device="cuda").bfloat16() for _ in range(2)]
     weight, weight_scale = quantise_rows(torch.randn(3 * inner, dim, device="cuda") / dim**0.5)
@@ -203,12 +210,11 @@ def test_heads_are_the_projections_in_8_bits(batch, length, heads, head):
         qk, v, q_scale, k_scale, v_scale, context, context_scale, out, parts, flags, length, head,
         1e-6,
     )  # fmt: skip
-    row = torch.arange(padded, device="cuda")
-    is_token = (row % stride < length) & (row < batch * stride)
-    assert not quantised[~is_token].float().any() and torch.equal(scale > 0, is_token)
+    some = is_token(batch, length)
+    assert not quantised[~some].float().any() and torch.equal(scale > 0, some)
     u = quantised.double() * scale.double()[:, None]
     y = u @ (weight.double() * weight_scale.double()[:, None]).T + bias.double()
-    y *= is_token[:, None]
+    y *= some[:, None]
     exact = [one.unflatten(1, (heads, head)) for one in y.split(inner, 1)]
     # A row's largest, and a tile's.
     largest = (
@@ -216,7 +222,7 @@ def test_heads_are_the_projections_in_8_bits(batch, length, heads, head):
         *(one.unflatten(0, (-1, TILE)).abs().amax((1, 3)).T for one in exact[1:]),
     )
     for found, most in zip((q_scale, k_scale, v_scale), largest, strict=True):
-        torch.testing.assert_close(found.double(), most / 127, rtol=1e-3, atol=1e-30)
+        torch.testing.assert_close(found.double(), most / 127, rtol=3e-3, atol=1e-30)
     scales = q_scale, *(one.repeat_interleave(TILE, 1) for one in (k_scale, v_scale))
     for found, by, expected in zip((*qk.split(inner, 1), v.T), scales, exact, strict=True):
         found = found.double().unflatten(1, (heads, head)) * by.double().T[..., None]

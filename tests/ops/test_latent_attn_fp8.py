@@ -191,6 +191,22 @@ def test_cuda_takes_what_its_products_take(rng, monkeypatch):
     assert "does not start at a multiple of 16 bytes" in config.cuda_refuses(moved, *rest)
 
 
+def test_cuda_has_integers_where_they_were_measured_to_be_faster():
+    def chosen(videos, length, inner, heads):
+        latents = torch.empty(videos, length, 64, device="meta")
+        return config.cuda_has_integers(latents, inner, heads)
+
+    assert chosen(16, 768, 3072, 24) and chosen(1, 768, 3072, 24)
+    assert not chosen(64, 512, 1024, 16)  # heads of 64
+    assert not chosen(16, 768, 1536, 48)  # of 32
+    assert not chosen(16, 768, 384, 3)  # an inner width that tiles do not fit
+    # Videos of 100 are padded to 128; of 40, too. One of 100 is 256 rows, as a product wants them.
+    assert chosen(2, 100, 256, 2) and not chosen(2, 40, 256, 2) and not chosen(1, 100, 256, 2)
+    assert config.cuda_padded(torch.empty(3, 129, 1)) == 768
+    too_many = config.CUDA_MOST_COLUMNS // config.CUDA_TILE + 1
+    assert not chosen(too_many, config.CUDA_TILE, 256, 2)
+
+
 def test_the_order_is_cuda_triton_eager():
     spec = OPS["latent_attention_fp8"].spec
     assert [one.name for one in spec.backends] == ["cuda", "triton", "eager", "reference"]

@@ -57,14 +57,14 @@ _CUDA_FP8 = (
     _cuda_bug(
         "a resident weight times the next tokens",
         "product_resident.cuh",
-        "tile * kResidentRows + rank * kShare, 0",
-        "(tile + 1) * kResidentRows + rank * kShare, 0",
+        "first_row = tile * kResidentRows;",
+        "first_row = (tile + 1) * kResidentRows;",
     ),
     _cuda_bug(
         "sums not promoted",
-        "product.cuh",
-        "Operand::kBytes == 1 ? 2 : 0",
-        "0",
+        "products.cuh",
+        "kPromote = 2;",
+        "kPromote = 0;",
     ),
 )
 _CUDA_ZEROS = _cuda_bug(

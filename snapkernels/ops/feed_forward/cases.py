@@ -69,6 +69,8 @@ def linear_cases() -> tuple[Case, ...]:
         case("ragged", "cpu", (129,), (36, 72), norm=True),
         case("one-token", "cpu", (), (24, 40), residual=True),
         case("bare", "cpu", (4, 6), (20, 33)),
+        # Rows of e4m3 that begin at even bytes only.
+        case("two-over-fours", "cpu", (5,), (10, 18), norm=True),
         # Next to the variance of the inputs, 1e-6 is nothing.
         case("large-eps", "cpu", (3, 7), (16, 24), norm=True, eps=0.1),
         case("outliers", "cpu", (2, 9), (51, 32), norm=True, change=_outliers),

@@ -29,7 +29,7 @@ LIMIT = 6e-2
 SLACK = 1.02  # where a row's scale lies between two powers of two decides the rest
 # bfloat16's last place. In sums of one sign the roundings of e4m3 cancel, and eager is off by half
 # of that: its sums are promoted every 128 of K. Those of csrc/linear are every 256, which lose
-# 0.2 %; up to 1024 of a LayerNorm's tokens, which have both signs, are not.
+# 0.2 %; those of a LayerNorm's tokens, which have both signs, are not.
 NEGLIGIBLE = 2.0**-8
 SASS = {"sm_90": ("QGMMA", "STG.E.128"), "sm_89": ("QMMA", "STG.E.128")}  # sm_80 has no e4m3
 

@@ -13,7 +13,58 @@ def _triton_bug(name: str, module: str, find: str, replace: str) -> Mutant:
     return Mutant(name=name, backend="triton", module=module, find=find, replace=replace)
 
 
+def _cuda_bug(name: str, file: str, find: str, replace: str) -> Mutant:
+    """A bug of the CUDA backend, in csrc/<file>."""
+    return Mutant(name=name, backend="cuda", file=file, find=find, replace=replace)
+
+
+_CORE, _HEADS = "latent_attn/latent_core.cuh", "latent_attn/heads_end.cuh"
+_CUDA = (
+    _cuda_bug("residual dropped", "latent_bindings.cpp", "last.residual = latents.data_ptr();", ""),
+    _cuda_bug("P's scale lost", _CORE, "grown[i] = exp2_fast(unit[i] - now);", "grown[i] = 1;"),
+    _cuda_bug(
+        "values by the first head's scale",
+        _CORE,
+        "v_scale = of.v_scale[tile + i];",
+        "v_scale = of.v_scale[video * tiles + i];",
+    ),
+    _cuda_bug(
+        "keys by the scale of the tile before",
+        _CORE,
+        "k_scale = of.k_scale[tile + i],",
+        "k_scale = of.k_scale[tile + max(i - 1, 0)],",
+    ),
+    _cuda_bug(
+        "scale of the query before",
+        _CORE,
+        "of.q_scale[row + min(first + i, of.length - 1)]",
+        "of.q_scale[row + max(min(first + i, of.length - 1) - 1, 0)]",
+    ),
+    _cuda_bug(
+        "tail keys counted", _CORE, "grown, scores, count, left);", "grown, scores, count, 128);"
+    ),
+    _cuda_bug(
+        "keys of the head before",
+        _CORE,
+        "k, work.of.heads * kHead + column,",
+        "k, work.of.heads * kHead + max(column - kHead, 0),",
+    ),
+    _cuda_bug(
+        "values of two tokens exchanged",
+        _HEADS,
+        "last_bytes(rounded(low[e], inverse), rounded(low[2 + e], inverse),",
+        "last_bytes(rounded(low[2 + e], inverse), rounded(low[e], inverse),",
+    ),
+    _cuda_bug(
+        "V not transposed",
+        _HEADS,
+        "to + (group * 4 * kTogether + j) * tokens",
+        "to + (group * 4 * kTogether + (j ^ 1)) * tokens",
+    ),
+    _cuda_bug("a head's largest of one warp", _HEADS, "share_most(all, scratch);", ";"),
+)
 LATENT_ATTENTION_FP8 = (
+    *_CUDA,
     _eager_bug("residual dropped", "None, None, latents_BLD, eps)", "None, None, None, eps)"),
     _eager_bug(
         "scale of the row before",

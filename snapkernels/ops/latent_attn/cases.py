@@ -54,7 +54,8 @@ def sublayer_cases() -> tuple[Case, ...]:
 def fp8_cases() -> tuple[Case, ...]:
     """`sublayer_cases`, and what 8-bit numbers could be wrong on."""
     return (
-        *sublayer_cases(),
+        *(case for case in sublayer_cases() if case.name != "heads-of-one"),
+        _case("heads-of-four", "cpu", (2, 6), (12, 8), 2),
         _case("heads-of-64", "cpu", (1, 129), (64, 128), 2, dtypes=(BF16, FP16)),
         _case("heads-of-128", "cpu", (1, 129), (64, 128), 1, dtypes=(BF16, FP32)),
         _case("peaked", "cpu", (1, 70), (64, 128), 2, change=_peaked),
@@ -64,16 +65,23 @@ def fp8_cases() -> tuple[Case, ...]:
         _case("zero-rows", "cpu", (2, 40), (64, 64), 2, change=_zero_rows),
         # Widths that compiled kernels take, and counts of tokens around their tiles.
         _case("one-latent-tiles", "gpu", (3, 1), (256, 256), 4, dtypes=(BF16,)),
-        _case("ragged-tiles", "gpu", (2, 129), (256, 512), 8, dtypes=(BF16,)),
+        _case("ragged-tiles", "gpu", (2, 129), (256, 512), 4, dtypes=(BF16,)),
+        _case("tiles-of-64", "gpu", (2, 200), (256, 512), 8, dtypes=(BF16,)),
         _case("tiles-of-128", "gpu", (3, 300), (512, 512), 4, dtypes=(BF16,)),
         _case("large-eps-tiles", "gpu", (2, 90), (256, 256), 2, eps=0.1, dtypes=(BF16,)),
         _case("peaked-tiles", "gpu", (2, 200), (256, 256), 2, dtypes=(BF16,), change=_peaked),
-        _case("sink-tiles", "gpu", (1, 768), (256, 256), 4, dtypes=(BF16,), change=_sink(64)),
+        _case("sink-tiles", "gpu", (1, 768), (256, 512), 4, dtypes=(BF16,), change=_sink(128, 100)),
         _case(
-            "loud-head-tiles", "gpu", (1, 200), (256, 256), 4, dtypes=(BF16,), change=_loud_head(64)
+            "loud-head-tiles",
+            "gpu",
+            (1, 200),
+            (256, 512),
+            4,
+            dtypes=(BF16,),
+            change=_loud_head(128),
         ),
-        _case("outlier-tiles", "gpu", (1, 200), (256, 256), 4, dtypes=(BF16,), change=_outliers),
-        _case("zero-row-tiles", "gpu", (2, 200), (256, 256), 4, dtypes=(BF16,), change=_zero_rows),
+        _case("outlier-tiles", "gpu", (1, 200), (256, 512), 4, dtypes=(BF16,), change=_outliers),
+        _case("zero-row-tiles", "gpu", (2, 200), (256, 512), 4, dtypes=(BF16,), change=_zero_rows),
     )
 
 
@@ -83,8 +91,8 @@ def _peaked(latents: torch.Tensor, weights: SelfAttentionWeights) -> Drawn:
     return latents, weights._replace(**loud)
 
 
-def _sink(channels: int) -> Change:
-    """In every head one key weighs `OUTWEIGHS` times as much as others, as trained models have it.
+def _sink(channels: int, outweighs: int = OUTWEIGHS) -> Change:
+    """In every head one key weighs `outweighs` times as much as others, as trained models have it.
 
     q's bias is along it. Most of what is read still comes from the others.
     """
@@ -92,7 +100,7 @@ def _sink(channels: int) -> Change:
     def change(latents: torch.Tensor, weights: SelfAttentionWeights) -> Drawn:
         sink_D = layer_norm(latents[0, 5].float(), latents.shape[-1:])
         key_HE = (weights.k_weight.float() @ sink_D).view(-1, channels)
-        score = log(OUTWEIGHS) * channels**0.5
+        score = log(outweighs) * channels**0.5
         along_HE = key_HE * score / key_HE.square().sum(1, keepdim=True)
         bias_I = along_HE.view(-1).to(latents.dtype)
         plain = torch.ones_like(weights.norm_weight)

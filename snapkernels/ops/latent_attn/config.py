@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 from snapkernels.ops.feed_forward.config import (
+    CUDA_COLUMNS,
+    CUDA_MOST_COLUMNS,
     CUDA_MOST_WIDTH,
     TRITON_MOST_WIDTH,
     cuda_refuses_linear_fp8,
@@ -19,11 +21,20 @@ from snapkernels.ops.latent_attn.weights import Fp8SelfAttentionWeights
 TRITON_QUERIES = 128  # of a program
 TRITON_KEYS = 128  # of a tile, which has one scale for its keys and one for its values
 TRITON_MOST_CHANNELS = 128  # of a head
+TRITON_LEAST_CHANNELS = 4  # heads of one came out wrong on a GPU
 TRITON_LEAST_QUERIES = 16  # of a product
 TRITON_LEAST_DEPTH = 32  # of a product of 8-bit numbers
 TRITON_KEYS_WARPS = 8
 TRITON_CORE_WARPS = 8
 TRITON_CORE_STAGES = 2  # 32 KB each, beside 16 KB of queries: the 99 KB of an sm_89 have no third
+
+CUDA_TILE = 128  # tokens that keys and values have one scale for: a video begins with one
+CUDA_ROWS = 256  # of a product's tile: all videos together are so many, or a multiple
+CUDA_MOST_SCALES = 2**31 - 1  # of queries, of all heads: an int counts them
+# By channels of a head, the most tokens whose core is of integers: with more SDPA is faster, on an
+# H200 by 1 to 6 % of the sublayer.
+CUDA_INTEGERS = {64: 0, 128: CUDA_MOST_COLUMNS}
+CUDA_FULLEST = 2  # and a video fills at least 1 / CUDA_FULLEST of its tiles
 
 
 class CoreBlocks(NamedTuple):
@@ -63,6 +74,22 @@ def cuda_refuses(
     )
 
 
+def cuda_has_integers(latents: torch.Tensor, inner: int, num_heads: int) -> bool:
+    """Whether the CUDA kernels' core is that of 8-bit integers; else it is SDPA's."""
+    most = CUDA_INTEGERS.get(inner // num_heads, 0)
+    padded = cuda_padded(latents)
+    tokens = latents.shape[0] * latents.shape[1]
+    fits = inner % CUDA_COLUMNS == 0 and num_heads * padded <= CUDA_MOST_SCALES
+    return fits and padded <= most and tokens * CUDA_FULLEST >= padded
+
+
+def cuda_padded(latents: torch.Tensor) -> int:
+    """Rows of (B, L, D) `latents` with every video's to a multiple of `CUDA_TILE`."""
+    videos, length, _ = latents.shape
+    rows = videos * -(-length // CUDA_TILE) * CUDA_TILE
+    return -(-rows // CUDA_ROWS) * CUDA_ROWS
+
+
 def triton_refuses(
     latents: torch.Tensor, w: Fp8SelfAttentionWeights, num_heads: int, eps: float
 ) -> str | None:
@@ -72,4 +99,6 @@ def triton_refuses(
         return f"the inner width is {inner}, more than {TRITON_MOST_WIDTH}"
     if inner > TRITON_MOST_CHANNELS * num_heads:
         return f"a head has {inner // num_heads} channels, more than {TRITON_MOST_CHANNELS}"
+    if inner < TRITON_LEAST_CHANNELS * num_heads:
+        return f"a head has {inner // num_heads} channels, fewer than {TRITON_LEAST_CHANNELS}"
     return triton_refuses_fp8(latents)

@@ -48,7 +48,7 @@ LATENT_ATTENTION_FP8 = Spec(
             name="cuda",
             run="snapkernels.ops.latent_attn.kernels.cuda:latent_attention_fp8",
             refuses=config.cuda_refuses,
-            library=("linear_fp8",),
+            library=("latent_attention_fp8", "linear_fp8"),
         ),
         Backend(
             name="triton",

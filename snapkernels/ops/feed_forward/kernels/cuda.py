@@ -22,7 +22,7 @@ def linear(
     residual: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    x_MD = _rows(tokens)
+    x_MD = as_rows(tokens)
     y_MN = x_MD.new_empty(len(x_MD), len(bias))
     torch.ops.snapkernels_cuda.linear(
         x_MD,
@@ -30,10 +30,10 @@ def linear(
         bias.contiguous(),
         _contiguous(norm_weight),
         _contiguous(norm_bias),
-        None if residual is None else _rows(residual),
+        None if residual is None else as_rows(residual),
         None if norm_weight is None else torch.empty_like(x_MD),
         y_MN,
-        *((None, None) if norm_weight is None else _parts(x_MD)),
+        *((None, None) if norm_weight is None else split_parts(x_MD)),
         eps,
     )
     return y_MN.view(*tokens.shape[:-1], len(bias))
@@ -49,7 +49,7 @@ def linear_fp8(
     residual: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    x_MD = _rows(tokens)
+    x_MD = as_rows(tokens)
     y_MN = x_MD.new_empty(len(x_MD), len(bias))
     torch.ops.snapkernels_cuda.linear_fp8(
         x_MD,
@@ -58,11 +58,11 @@ def linear_fp8(
         bias.contiguous(),
         _contiguous(norm_weight),
         _contiguous(norm_bias),
-        None if residual is None else _rows(residual),
+        None if residual is None else as_rows(residual),
         torch.empty_like(x_MD, dtype=E4M3),
         x_MD.new_empty(len(x_MD), dtype=torch.float32),
         y_MN,
-        *_parts(x_MD),
+        *split_parts(x_MD),
         eps,
     )
     return y_MN.view(*tokens.shape[:-1], len(bias))
@@ -76,7 +76,7 @@ def feed_forward(
     eps: float,
 ) -> torch.Tensor:
     assert not dropout
-    x_MD = _rows(tokens)
+    x_MD = as_rows(tokens)
     y_MD = torch.empty_like(x_MD)
     torch.ops.snapkernels_cuda.feed_forward(
         x_MD,
@@ -84,14 +84,14 @@ def feed_forward(
         torch.empty_like(x_MD),
         x_MD.new_empty(len(x_MD), len(w.fc1_bias)),
         y_MD,
-        *_parts(x_MD),
+        *split_parts(x_MD),
         eps,
     )
     return y_MD.view(tokens.shape)
 
 
 def feed_forward_fp8(tokens: torch.Tensor, w: Fp8FeedForwardWeights, eps: float) -> torch.Tensor:
-    x_MD = _rows(tokens)
+    x_MD = as_rows(tokens)
     y_MD = torch.empty_like(x_MD)
     torch.ops.snapkernels_cuda.feed_forward_fp8(
         x_MD,
@@ -100,18 +100,18 @@ def feed_forward_fp8(tokens: torch.Tensor, w: Fp8FeedForwardWeights, eps: float)
         x_MD.new_empty(2, len(x_MD), dtype=torch.float32),
         x_MD.new_empty(len(x_MD), len(w.fc1_bias), dtype=E4M3),
         y_MD,
-        *_parts(x_MD),
+        *split_parts(x_MD),
         eps,
     )
     return y_MD.view(tokens.shape)
 
 
-def _rows(tokens: torch.Tensor) -> torch.Tensor:
+def as_rows(tokens: torch.Tensor) -> torch.Tensor:
     """(..., D) as (M, D), contiguous."""
     return tokens.reshape(-1, tokens.shape[-1]).contiguous()
 
 
-def _parts(x_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_parts(x_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where tiles split by their depth are put together: sums, and flags that they are there."""
     blocks = _multiprocessors(x_MD.get_device()) // 2 * 2
     parts = x_MD.new_empty(blocks, CUDA_PART, dtype=torch.float32)
