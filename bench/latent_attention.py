@@ -1,11 +1,11 @@
-"""Latent attention in fp8: the core alone beside SDPA, and the sublayer in a CUDA graph.
+"""Latent attention in fp8: the core alone beside SDPA, and the sublayer, in CUDA graphs.
 
 python bench/latent_attention.py --json latents.json   # on a GPU that the CUDA library is for
 
 A round times every variant once, so that ratios are of the same clocks. The core, of 8-bit integers
 as the projection leaves them, is gated against the float64 equation of these, the sublayer against
-that of its quantised weights, each of the first video. A graph has `CALLS` sublayers, from
-LayerNorm to residual: no launch waits for the host.
+that of its quantised weights, each of the first video. A graph has `CALLS` calls, and so no launch
+that waits for the host.
 
 Legend: B videos of L tokens, M all of them, H heads of E channels, T tiles of 128 tokens.
 """
@@ -160,17 +160,18 @@ def sublayer(shape: Shape, device: torch.device) -> tuple[float, dict[str, Timin
         exact = expected_fp8(*widened((latents[:1], in_fp8, heads, 1e-6)))
         residual = latents[:1].double()
         error = relative_rms(ours()[:1].double() - residual, exact - residual)
-        times = timed({name: captured(call) for name, call in calls.items()}, device)
-    return error, {name: Timing(*(value / CALLS for value in of)) for name, of in times.items()}
+        return error, timed(calls, device)
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
     """`CALLS` of `call` as one CUDA graph."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # cuDNN makes its plans and workspace for a stream
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(CALLS):
             call()
     return graph.replay
@@ -178,10 +179,11 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 def timed(calls: Calls, device: torch.device) -> dict[str, Timing]:
     """Every call's time in ms, in `ROUNDS` rounds of all."""
+    graphs = {name: captured(call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            samples[name].append(measure(call, device, repeats=REPEATS).median)
+        for name, graph in graphs.items():
+            samples[name].append(measure(graph, device, repeats=REPEATS).median / CALLS)
     return {name: Timing.of(some) for name, some in samples.items()}
 
 
@@ -236,7 +238,7 @@ def rows_of(
             "tflop": significant(tflop),
             "gate": "ok" if not own or error < limit else f"error {error:.3e}, over {limit}",
             "error": {"rms_vs_fp64": error} if own else {},
-            "includes": what if alone else f"{what}, {CALLS} calls in a CUDA graph",
+            "includes": f"{what}; {CALLS} calls in a CUDA graph",
         }
         if row["gate"] == "ok":
             floor = tflop / ceilings["fp8_tflop_s" if in_fp8 else "bf16_tflop_s"] * 1e3

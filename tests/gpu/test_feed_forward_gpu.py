@@ -131,7 +131,8 @@ def test_sums_of_layernorms_rows_lose_less_than_bf16_rounds(depth, gpu):
     norm = [(one + 0.1 * torch.randn(depth, device=gpu)).bfloat16() for one in (1, 0)]
     matrix, scale = quantise_rows(torch.randn(512, depth, device=gpu) / depth**0.5)
     bias = torch.zeros(512, device=gpu).bfloat16()
-    found = linear_fp8(x, matrix, scale, bias, norm[0], norm[1], backend="cuda")
+    given = {"norm_weight": norm[0], "norm_bias": norm[1], "backend": "cuda"}
+    found = linear_fp8(x, matrix, scale, bias, **given)
     widened = (one.double() for one in norm)
     rows, by = quantise_rows(layer_norm(x.double(), (depth,), *widened, 1e-6).float())
     expected = (rows.double() * by[:, None]) @ (matrix.double() * scale[:, None]).T
