@@ -3,8 +3,9 @@
 //
 // A warpgroup has 128 tokens and 128 columns of heads, two of 64 or one of 128. Of q every token
 // has a scale, of k and v every head of the 128 tokens: the largest magnitude / 127. One that is
-// not finite makes the scale NaN, which is what all become that it is multiplied with. What is no
-// token has scale 0 and becomes zeros, without the bias. No rows or columns are beyond the last.
+// not finite makes the scale NaN, which is what all become that it is multiplied with. A row that
+// is no token has scale 0 and becomes zeros, without the bias. No rows or columns are beyond the
+// last.
 #pragma once
 
 #include "latent_attn/integers.cuh"

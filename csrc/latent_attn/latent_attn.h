@@ -11,7 +11,8 @@ namespace snapkernels {
 
 constexpr int kHeadsTokens = 128;  // that k and v of a head have one scale for, from token 0 on
 
-// The core: softmax(q k^T / sqrt(head)) v for every head of every video.
+// The core: softmax(q k^T / sqrt(head)) v for every head of every video. Scales of v are above 0,
+// and values of rows that are no token are 0.
 struct LatentCoreArguments {
   const void* qk;        // (padded, 2 inner), int8: q, then k
   const void* v;         // (inner, padded), int8

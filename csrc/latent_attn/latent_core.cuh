@@ -23,6 +23,7 @@ namespace snapkernels {
 constexpr int kCoreConsumers = 3;  // warpgroups
 constexpr int kCoreThreads = 128 * (1 + kCoreConsumers);
 constexpr int kCoreQueries = 64 * kCoreConsumers;
+static_assert(kCoreQueries <= 256);  // rows of a box
 constexpr int kCoreStages = 4;
 constexpr int kCoreKeysBytes = kHeadsTokens * kMatrixRow;
 constexpr int kCoreStageBytes = 2 * kCoreKeysBytes;  // with values, which may be fewer
@@ -49,9 +50,11 @@ constexpr float kWhole = 240;
 constexpr float kWholeLog = 7.906890595608519f;  // log2
 constexpr float kMostCount = 127;                // of q, k and v
 constexpr int kNoScore = 1 << 31;
-constexpr float kLeastUnit = 1e-30f;   // what a count of a score is, at least
-constexpr float kLeastCount = 1e-15f;  // and one of v, of the largest so far
-constexpr float kFar = 40;             // below the largest score, in base 2: it adds nothing
+// What of a tile adds nothing to be seen: a count of v beside the largest so far, and a score below
+// the largest so far, in base 2. It is counted as if it were no less, which the result's scale, of
+// all values of a video, is far above. Scores have to be below 2^30, for kFar to be something.
+constexpr float kLeastCount = 1e-15f;
+constexpr float kFar = 40;
 
 // What blocks compute, every so many-th item each: those of the same keys and values are together.
 struct CoreWork {
@@ -202,8 +205,8 @@ __device__ inline void announce(const CoreWork& work, CoreRing ring, CoreQueries
 }
 
 // Of a lane's rows r and r + 8, in shared memory: the largest score so far and the total of its own
-// P. This and sums are in counts of the last tile's P, which is kWhole at score `unit`: that tile's
-// largest, or kFar below the largest so far, if that is more.
+// P. This and sums are in counts of the last tile's P, which is kWhole at that tile's largest score
+// and counts as if that were `unit`: the same, or kFar below the largest so far, if that is more.
 __device__ inline uint32_t core_most(uint32_t rows, int i) { return rows + 8 * i; }
 __device__ inline uint32_t core_total(uint32_t rows, int i) { return rows + 8 * i + 4; }
 
@@ -296,13 +299,14 @@ __device__ inline int core_row(int first) {
 
 template <int kHead>
 __device__ inline void attend(const LatentCoreArguments& of, uint32_t base, int turn) {
+  static_assert(kHead == 64 || kHead == 128);
   constexpr int kBlocks = kHead / 8;
   const int tiles = of.stride / kHeadsTokens, warpgroup = thread_again() / 128 - 1;
   const auto mail = [&] { return core_mail(base, again(turn)); };
   if (read_item(mail()).query + 64 * warpgroup >= of.length) {
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      const auto ring = core_ring(base, again(turn) * tiles + tile);
+      const auto ring = core_ring(base, static_cast<uint32_t>(again(turn)) * tiles + tile);
       ring.wait_full();
       free_core(ring.free());
     }
@@ -325,7 +329,8 @@ __device__ inline void attend(const LatentCoreArguments& of, uint32_t base, int 
 #pragma unroll 1
   for (int left = of.length; left > 0; left -= kHeadsTokens) {
     const auto ring_now = [&] {
-      return core_ring(base, again(turn) * tiles + (of.length - left) / kHeadsTokens);
+      const uint32_t first = static_cast<uint32_t>(again(turn)) * tiles;
+      return core_ring(base, first + (of.length - left) / kHeadsTokens);
     };
     const auto ring = ring_now();
     ring.wait_full();
@@ -344,12 +349,7 @@ __device__ inline void attend(const LatentCoreArguments& of, uint32_t base, int 
     multiply_commit();
     const float k_scale = load_float(base + kCoreTileMail + 8 * ring.at);
     const uint32_t q_scales = mail() + kCoreItemQueries + 4 * core_row(0);
-    float count[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // Not 0, by which what is outside of a video would be NaN.
-      count[i] = larger(load_float(q_scales + 32 * i) * k_scale, kLeastUnit);
-    }
+    const float count[2] = {load_float(q_scales) * k_scale, load_float(q_scales + 32) * k_scale};
     multiply_wait<0>();
     settle(scores);
     uint32_t weights[16];
@@ -374,6 +374,8 @@ __device__ inline void attend(const LatentCoreArguments& of, uint32_t base, int 
 #pragma unroll
     for (int i = 0; i < 2; ++i) grown[i] *= less;
     multiply_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(weights[i]));  // tensor cores' until here
     settle(part);
     free_core(read.free());
 #pragma unroll

@@ -8,7 +8,8 @@
 // Sums of e4m3 are kept to some 14 bits by the tensor cores, each addend cut to the sum's last:
 // over a long depth that is an error of its own if they have one sign. So after kPromote stages of
 // 128 bytes they are added to sums in float32 and begin anew; one warpgroup does that while the
-// other multiplies. Those of bfloat16 are float32 to begin with: 0.
+// other multiplies. Those of a LayerNorm's rows are not (product_launch.cuh), nor those of
+// bfloat16, which are float32 to begin with: 0.
 #pragma once
 
 #include "linear/linear.h"
