@@ -66,25 +66,39 @@ struct HeadsEnd {
 #pragma unroll
       for (int head = 0; head < kHeads; ++head) most[i][head] = kLeast;
     }
+    // Eight columns at a time; what they are scaled by is loaded one eight ahead.
+    constexpr int kEights = kGroups * kTogether / 8;
+    const auto group_of = [](int eight) { return eight * 8 / kTogether; };
+    float scales[2][8], biases[2][8];
+    const auto load_ahead = [&](int eight) {
+      const int at = group_of(eight) * 4 * kTogether + first + eight * 8 % kTogether;
+      load_eight(scales[eight % 2], lines + 4 * at);
+      load_eight(biases[eight % 2], lines + 4 * (kProductSlice + at));
+    };
+    load_ahead(0);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int eight = 0; eight < kEights; ++eight) {
+      if (eight + 1 < kEights) load_ahead(eight + 1);
 #pragma unroll
-      for (int part = 0; part < kTogether / 8; ++part) {
-        const uint32_t at = lines + 4 * (group * 4 * kTogether + first + 8 * part);
-        float scales[8], biases[8];
-        load_eight(scales, at);
-        load_eight(biases, at + 4 * kProductSlice);
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            float& y = sums[i / 2][group * kTogether / 2 + part * 4 + j / 2][i % 2 * 2 + j % 2];
-            y = fmaf(y * row_scales[i], scales[j], row_scales[i] != 0 ? biases[j] : 0);
-            float& largest = most[i][head_of(group)];
-            largest = larger(largest, fabsf(y));
-          }
+        for (int j = 0; j < 8; ++j) {
+          float& y = sums[i / 2][4 * eight + j / 2][i % 2 * 2 + j % 2];
+          y = fmaf(y * row_scales[i], scales[eight % 2][j], biases[eight % 2][j]);
+          float& largest = most[i][head_of(group_of(eight))];
+          largest = larger(largest, fabsf(y));
         }
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (row_scales[i] != 0) continue;  // no token
+#pragma unroll
+      for (int j = 0; j < kProductSlice / 8; ++j) {
+        sums[i / 2][j][i % 2 * 2] = sums[i / 2][j][i % 2 * 2 + 1] = 0;
+      }
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) most[i][head] = kLeast;
     }
     const int which = column / of.heads.inner, inner_column = column - which * of.heads.inner;
     if (which == 0) {

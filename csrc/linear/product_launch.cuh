@@ -68,8 +68,8 @@ inline cudaError_t launch_resident(const ProductArguments& of, int blocks, cudaS
 
 // Rows of a LayerNorm. Sums that are not promoted lose 0.2 % over 256 numbers of one sign, below
 // bfloat16's rounding of the result, 1.5 % over 1024 and some 5 % over 3072; of both signs a
-// thousandth of their deviation. A LayerNorm's bias brings one sign only to a row of the weight that
-// lies along it.
+// thousandth of their deviation. A LayerNorm's bias brings one sign only to a row of the weight
+// that lies along it.
 template <typename End>
 inline cudaError_t launch_centred(const ProductArguments& of, cudaStream_t stream) {
   int blocks;
