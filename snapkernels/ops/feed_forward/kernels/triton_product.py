@@ -174,5 +174,5 @@ def product(
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of e4m3 with two zeros more: what Triton 3.6 makes of pairs of bytes is wrong."""
+    """Rows of e4m3 with two zeros more, not loaded by pairs of bytes: a layer of such was wrong."""
     return torch.nn.functional.pad(rows.view(torch.uint8), (0, 2)).view(rows.dtype)
