@@ -40,25 +40,27 @@ __device__ inline void copy_box_to(int blocks, uint32_t to, const CUtensorMap* m
       : "memory");
 }
 
-// The same of 64 rows of a map in order (tensor_map.h), from row 32 `thirty_twos` on.
-__device__ inline void copy_box_in_order(int blocks, uint32_t to, const CUtensorMap* map,
-                                         int column, int thirty_twos, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, 0, 0, 0, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(thirty_twos), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
-      : "memory");
-}
-
-// The same of a map in fours, from row 32 `thirty_twos` on, or of a half of its 128.
-__device__ inline void copy_box_in_fours(int blocks, uint32_t to, const CUtensorMap* map,
-                                         int column, int thirty_twos, int half, uint32_t barrier) {
+// The same of a map of five dimensions, whose second and third are in the box whole.
+__device__ inline void copy_box_of_five(int blocks, uint32_t to, const CUtensorMap* map,
+                                        int column, int fourth, int fifth, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, 0, 0, %3, %4}], [%5], %6;" ::"r"(to),
-      "l"(map), "r"(column), "r"(thirty_twos), "r"(half), "r"(barrier),
+      "l"(map), "r"(column), "r"(fourth), "r"(fifth), "r"(barrier),
       "h"(static_cast<uint16_t>(blocks))
       : "memory");
+}
+
+// The same of a map in fours (tensor_map.h), from row 32 `thirty_twos` on, or of a half of its 128.
+__device__ inline void copy_box_in_fours(int blocks, uint32_t to, const CUtensorMap* map,
+                                         int column, int thirty_twos, int half, uint32_t barrier) {
+  copy_box_of_five(blocks, to, map, column, thirty_twos, half, barrier);
+}
+
+// The same of 64 rows of a map in order, from row 32 `thirty_twos` on.
+__device__ inline void copy_box_in_order(int blocks, uint32_t to, const CUtensorMap* map,
+                                         int column, int thirty_twos, uint32_t barrier) {
+  copy_box_of_five(blocks, to, map, column, 0, thirty_twos, barrier);
 }
 
 // The same into this block alone, of the box that begins with rows `group` of such a map.

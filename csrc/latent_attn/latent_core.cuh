@@ -118,12 +118,8 @@ __device__ inline uint32_t core_mail(uint32_t base, uint32_t turn) {
 }
 
 __device__ inline CoreItem read_item(uint32_t from) {
-  CoreItem of;
-  asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(of.video), "=r"(of.head), "=r"(of.query), "=r"(of.some)
-               : "r"(from)
-               : "memory");
-  return of;
+  const uint4 four = load_vector(from);
+  return {int(four.x), int(four.y), int(four.z), int(four.w)};
 }
 
 __device__ inline void write_item(uint32_t to, const CoreItem& of) {

@@ -113,7 +113,8 @@ def test_keys_beside_a_sink_cost_no_more_than_the_bar(gpu):
     """In every head of 128 a key weighs 300 others: its tile's others have a P of 1 or none."""
     spec = OPS["latent_attention_fp8"].spec
     case = replace(
-        next(case for case in spec.cases if case.name == "sink-tiles"), change=cases._sink(128)
+        next(case for case in spec.cases if case.name == "sink-tiles-of-128"),
+        change=cases._sink(128),
     )
     squares = {"cuda": 0.0, "eager": 0.0}
     for seed in range(8):

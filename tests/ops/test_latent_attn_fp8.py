@@ -120,6 +120,18 @@ def test_eager_is_two_linears_around_sdpa(rng):
     torch.testing.assert_close(found, expected)
 
 
+def test_heads_of_one_are_left_to_eager(rng):
+    """Triton refuses them."""
+    sizes = {"D": 10, "I": 6}
+    w = random_weights(SelfAttentionWeights, DIMS, sizes, generator=rng)
+    call = torch.randn(2, 6, 10, generator=rng), quantise_latent_attention(w), 6, EPS
+    latents, weights, heads, _ = widened(call)
+    exact = reference.latent_attention_fp8(latents, weights, heads, EPS) - latents
+    found = latent_attention_fp8(*call[:2], num_heads=6) - call[0]
+    assert relative_rms(found, exact) < 6e-2
+    assert "1 channels, fewer than 4" in str(config.triton_refuses(*call))
+
+
 def test_it_is_near_the_sublayer_that_it_was_made_of(rng):
     latents, w = torch.randn(2, 30, 40, generator=rng), weights_of(rng)
     found = latent_attention_fp8(latents, quantise_latent_attention(w), num_heads=HEADS)

@@ -65,23 +65,27 @@ def fp8_cases() -> tuple[Case, ...]:
         _case("zero-rows", "cpu", (2, 40), (64, 64), 2, change=_zero_rows),
         # Widths that compiled kernels take, and counts of tokens around their tiles.
         _case("one-latent-tiles", "gpu", (3, 1), (256, 256), 4, dtypes=(BF16,)),
-        _case("ragged-tiles", "gpu", (2, 129), (256, 512), 4, dtypes=(BF16,)),
-        _case("tiles-of-64", "gpu", (2, 200), (256, 512), 8, dtypes=(BF16,)),
+        _case("ragged-tiles", "gpu", (2, 129), (256, 512), 8, dtypes=(BF16,)),
+        _case("ragged-tiles-of-128", "gpu", (2, 129), (256, 512), 4, dtypes=(BF16,)),
         _case("tiles-of-128", "gpu", (3, 300), (512, 512), 4, dtypes=(BF16,)),
         _case("large-eps-tiles", "gpu", (2, 90), (256, 256), 2, eps=0.1, dtypes=(BF16,)),
         _case("peaked-tiles", "gpu", (2, 200), (256, 256), 2, dtypes=(BF16,), change=_peaked),
-        _case("sink-tiles", "gpu", (1, 768), (256, 512), 4, dtypes=(BF16,), change=_sink(128, 100)),
+        _case("sink-tiles", "gpu", (1, 768), (256, 256), 4, dtypes=(BF16,), change=_sink(64)),
         _case(
-            "loud-head-tiles",
-            "gpu",
-            (1, 200),
-            (256, 512),
-            4,
-            dtypes=(BF16,),
-            change=_loud_head(128),
+            "loud-head-tiles", "gpu", (1, 200), (256, 256), 4, dtypes=(BF16,), change=_loud_head(64)
         ),
-        _case("outlier-tiles", "gpu", (1, 200), (256, 512), 4, dtypes=(BF16,), change=_outliers),
-        _case("zero-row-tiles", "gpu", (2, 200), (256, 512), 4, dtypes=(BF16,), change=_zero_rows),
+        _case("outlier-tiles", "gpu", (1, 200), (256, 256), 4, dtypes=(BF16,), change=_outliers),
+        _case("zero-row-tiles", "gpu", (2, 200), (256, 256), 4, dtypes=(BF16,), change=_zero_rows),
+        # The same of heads whose core CUDA has in integers.
+        *(
+            _case(f"{name}-of-128", "gpu", tokens, (256, 512), 4, dtypes=(BF16,), change=change)
+            for name, tokens, change in (
+                ("sink-tiles", (1, 768), _sink(128, 100)),
+                ("loud-head-tiles", (1, 200), _loud_head(128)),
+                ("outlier-tiles", (1, 200), _outliers),
+                ("zero-row-tiles", (2, 200), _zero_rows),
+            )
+        ),
     )
 
 

@@ -31,9 +31,9 @@ TRITON_CORE_STAGES = 2  # 32 KB each, beside 16 KB of queries: the 99 KB of an s
 CUDA_TILE = 128  # tokens that keys and values have one scale for: a video begins with one
 CUDA_ROWS = 256  # of a product's tile: all videos together are so many, or a multiple
 CUDA_MOST_SCALES = 2**31 - 1  # of queries, of all heads: an int counts them
-# By channels of a head, the most tokens whose core is of integers: with more SDPA is faster, on an
-# H200 by 1 to 6 % of the sublayer.
-CUDA_INTEGERS = {64: 0, 128: CUDA_MOST_COLUMNS}
+# Channels of heads whose core is of integers. With heads of 64, which it has too, SDPA is faster on
+# an H200, by 1 to 6 % of the sublayer.
+CUDA_INTEGERS = (128,)
 CUDA_FULLEST = 2  # and a video fills at least 1 / CUDA_FULLEST of its tiles
 
 
@@ -76,11 +76,11 @@ def cuda_refuses(
 
 def cuda_has_integers(latents: torch.Tensor, inner: int, num_heads: int) -> bool:
     """Whether the CUDA kernels' core is that of 8-bit integers; else it is SDPA's."""
-    most = CUDA_INTEGERS.get(inner // num_heads, 0)
-    padded = cuda_padded(latents)
-    tokens = latents.shape[0] * latents.shape[1]
-    fits = inner % CUDA_COLUMNS == 0 and num_heads * padded <= CUDA_MOST_SCALES
-    return fits and padded <= most and tokens * CUDA_FULLEST >= padded
+    padded, tokens = cuda_padded(latents), latents.shape[0] * latents.shape[1]
+    fits = inner % CUDA_COLUMNS == 0 and padded <= CUDA_MOST_COLUMNS
+    counted = num_heads * padded <= CUDA_MOST_SCALES
+    pays = inner // num_heads in CUDA_INTEGERS and tokens * CUDA_FULLEST >= padded
+    return fits and counted and pays
 
 
 def cuda_padded(latents: torch.Tensor) -> int:

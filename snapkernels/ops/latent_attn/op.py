@@ -56,9 +56,9 @@ def latent_attention_fp8(
 ) -> torch.Tensor:
     """`latent_attention` with projections of e4m3 numbers, for inference: nothing has a gradient.
 
-    The normed latents and the context are quantised a row at a time, see `quantise_rows`. Between
-    the projections q, k and v have the latents' dtype; the backend says in what it multiplies them
-    there (`snapkernels/ops/latent_attn`).
+    The normed latents and the context are quantised a row at a time, see `quantise_rows`. Which
+    numbers q, k and v are between the projections, the latents' dtype or 8-bit integers, is the
+    backend's choice (`snapkernels/ops/latent_attn`).
 
     Args:
         latents: (B, L, D), floating point; sets the dtype of the LayerNorm's and the biases.
