@@ -278,6 +278,17 @@ __device__ inline void copy_to_shared(uint32_t to, const void* from, bool some, 
                : "memory");
 }
 
+// The same without a policy, and four bytes; for zeros `from` is not read either.
+__device__ inline void copy_to_shared(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ inline void copy_word_to_shared(uint32_t to, const void* from, bool some) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(some ? 4 : 0)
+               : "memory");
+}
+
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all but this thread's last kLater commits have arrived.
@@ -285,6 +296,8 @@ template <int kLater>
 __device__ inline void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 }
+
+__device__ inline void copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Named barriers of `threads` of the block; 0 is __syncthreads().
 __device__ inline void barrier_wait(int barrier, int threads) {

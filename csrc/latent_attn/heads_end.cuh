@@ -43,26 +43,30 @@ __device__ inline void share_most(float (&most)[kHeads], uint32_t scratch) {
 // Rows are tokens, in fours (tensor_map.h); columns those of q, k and v in turn.
 template <int kHead>
 struct HeadsEnd {
+  static constexpr int kColumns = kProductSlice;
+  using Sums = ProductSums<kColumns / 8>;
   static constexpr int kTogether = 16;
   static constexpr bool kFours = true;
   static constexpr int kHeads = 128 / kHead;
-  static constexpr int kGroups = kProductSlice / 4 / kTogether;  // of 64 columns
+  static constexpr int kGroups = kColumns / 4 / kTogether;  // of 64 columns
   static constexpr int kRows = 2 * kProductHalves;
 
-  static __device__ void fetch(const ProductArguments&, int, int, int) {}
+  static __device__ void fetch(const ProductArguments& of, int row, int, uint32_t own) {
+    copy_row_scales(of, row, thread_again() % 128, own);
+  }
 
   // Which of a warpgroup's heads a group is of.
   static __device__ constexpr int head_of(int group) { return kHeads == 1 ? 0 : group; }
 
-  static __device__ void end(const ProductArguments& of, ProductSums& sums, int first_row,
-                             int column, uint32_t lines, uint32_t scratch) {
+  static __device__ void end(const ProductArguments& of, Sums& sums, int first_row, int column,
+                             uint32_t lines, uint32_t own) {
     const int lane = thread_again() % 32, first = lane % 4 * kTogether;
     // And the kRows - 1 that follow.
-    const int row = first_row + (thread_again() % 128 / 32 * 8 + lane / 4) * kRows;
+    const int place = thread_again() % 128 / 4 * kRows, row = first_row + place;
     float row_scales[kRows], most[kRows][kHeads];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      row_scales[i] = of.row_scale[row + i];
+      row_scales[i] = load_float(own + 4 * (place + i));
 #pragma unroll
       for (int head = 0; head < kHeads; ++head) most[i][head] = kLeast;
     }
@@ -73,7 +77,7 @@ struct HeadsEnd {
     const auto load_ahead = [&](int eight) {
       const int at = group_of(eight) * 4 * kTogether + first + eight * 8 % kTogether;
       load_eight(scales[eight % 2], lines + 4 * at);
-      load_eight(biases[eight % 2], lines + 4 * (kProductSlice + at));
+      load_eight_bf16(biases[eight % 2], lines + kProductBiases + 2 * at);
     };
     load_ahead(0);
 #pragma unroll
@@ -94,7 +98,7 @@ struct HeadsEnd {
     for (int i = 0; i < kRows; ++i) {
       if (row_scales[i] != 0) continue;  // no token
 #pragma unroll
-      for (int j = 0; j < kProductSlice / 8; ++j) {
+      for (int j = 0; j < kColumns / 8; ++j) {
         sums[i / 2][j][i % 2 * 2] = sums[i / 2][j][i % 2 * 2 + 1] = 0;
       }
 #pragma unroll
@@ -123,7 +127,7 @@ struct HeadsEnd {
 #pragma unroll
         for (int i = 1; i < kRows; ++i) all[head] = larger(all[head], most[i][head]);
       }
-      share_most(all, scratch);
+      share_most(all, own + kProductScratch);
       if (thread_again() % 128 == 0) {
         float* scale = which == 1 ? of.heads.k_scale : of.heads.v_scale;
         const int64_t scales = of.heads.padded / kHeadsTokens;
@@ -147,7 +151,7 @@ struct HeadsEnd {
   }
 
   // Of q or k, 16 columns of a row at a time.
-  static __device__ void store_rows(const ProductArguments& of, const ProductSums& sums,
+  static __device__ void store_rows(const ProductArguments& of, const Sums& sums,
                                     const float (&most)[kRows][kHeads], int row, int column) {
     const int columns = 2 * of.heads.inner;
 #pragma unroll
@@ -173,7 +177,7 @@ struct HeadsEnd {
   }
 
   // Of v, kRows tokens of a column at a time: with those of a warp's other lanes they are 32.
-  static __device__ void store_columns(const ProductArguments& of, const ProductSums& sums,
+  static __device__ void store_columns(const ProductArguments& of, const Sums& sums,
                                        const float (&most)[kRows][kHeads], int row, int column) {
     static_assert(kRows == 4);
     const int64_t tokens = of.heads.padded;

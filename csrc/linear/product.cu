@@ -11,6 +11,14 @@ cudaError_t product_blocks(int* blocks) {
 }
 
 cudaError_t product_fp8(const ProductArguments& given, cudaStream_t stream) {
+  int blocks;
+  const cudaError_t error = product_blocks(&blocks);
+  if (error != cudaSuccess) return error;
+  if (narrow_pays(given, blocks / kProductBlocks)) {
+    using End = ProductEnd<Fp8, false, kProductNarrow>;
+    return given.centred ? launch_product<Fp8Unpromoted, End>(given, stream)
+                         : launch_product<Fp8, End>(given, stream);
+  }
   return launch_fp8<ProductEnd<Fp8, false>>(given, stream);
 }
 

@@ -2,7 +2,8 @@
 //
 // A block has 256 rows and 128 columns, 128 rows of them each of its two warpgroups of consumers; a
 // third copies. Two blocks are a cluster: they have the same rows and the next 128 columns, and
-// each copies half of the rows for both. Rows of the weight come in the order in which a lane's
+// each copies half of the rows for both. Blocks of 96 columns are for few tiles, of which that
+// makes more (product_launch.cuh). Rows of the weight come in the order in which a lane's
 // accumulators are columns that follow each other, so it stores 16 bytes at a time.
 //
 // Sums of e4m3 are kept to some 14 bits by the tensor cores, each addend cut to the sum's last:
@@ -23,16 +24,24 @@ constexpr int kProductThreads = 128 * (1 + kProductConsumers);
 constexpr int kProductBlocks = 2;  // of a cluster
 constexpr int kProductRows = 256;  // of a block
 constexpr int kProductSlice = kProductColumns / kProductBlocks;  // columns of a block
+constexpr int kProductNarrow = 96;  // or so many
 constexpr int kProductHalves = kProductRows / kProductConsumers / 64;
 constexpr int kProductHalfBytes = 64 * kMatrixRow;
 constexpr int kProductStages = 4;
 constexpr int kProductRowsBytes = kProductRows * kMatrixRow;
 constexpr int kProductSliceBytes = kProductSlice * kMatrixRow;
 constexpr int kProductStageBytes = kProductRowsBytes + kProductSliceBytes;
-// Of each warpgroup, its columns' scales and biases; then the barriers.
+// What a warpgroup's end reads. Its columns' scales and biases; its 128 rows' scales, and what their
+// GELU is quantised by, and room for what its warps tell each other.
+constexpr int kProductBiases = 4 * kProductSlice;
+constexpr int kProductLinesBytes = kProductBiases + 2 * kProductSlice;
+constexpr int kProductHidden = 4 * 128;
+constexpr int kProductScratch = 2 * kProductHidden;
+constexpr int kProductOwnBytes = kProductScratch + 32;
+// Of each warpgroup, both; then the barriers.
 constexpr int kProductLines = kProductStages * kProductStageBytes;
-constexpr int kProductLinesBytes = 2 * 4 * kProductSlice;
-constexpr int kProductBarriers = kProductLines + kProductConsumers * kProductLinesBytes;
+constexpr int kProductEndBytes = kProductLinesBytes + kProductOwnBytes;
+constexpr int kProductBarriers = kProductLines + kProductConsumers * kProductEndBytes;
 constexpr int kProductMail = kProductBarriers + 16 * kProductStages;
 constexpr int kProductRecords = 8;  // of 16 bytes and a barrier
 constexpr int kProductShared = kProductMail + (16 + 8) * kProductRecords;
@@ -41,28 +50,34 @@ constexpr int kProductShared = kProductMail + (16 + 8) * kProductRecords;
 constexpr int kProductCopier = 40;
 constexpr int kProductRegisters = 232;
 
-// Tiles of kProductRows by kProductColumns, one for a cluster. Up to kProductGroup of them, one
-// below the other, have the same columns, and so on to the right: what is read at a time is small.
+// Tiles of kProductRows by the columns of two blocks, one for a cluster. Up to kProductGroup of
+// them, one below the other, have the same columns, and so on to the right: what is read at a time
+// is small.
 constexpr int kProductGroup = 8;
 constexpr int kProductUnit = 2;  // stages: of these a tile is as many units as its depth has
 
-// Scales and biases of the block's columns, by a warpgroup.
-template <typename Operand>
-__device__ inline void load_lines(const ProductArguments& of, uint32_t lines, int column,
+// Scales and biases of the block's kColumns columns, by a warpgroup; they are there after
+// copies_wait_all().
+template <typename Operand, int kColumns>
+__device__ inline void copy_lines(const ProductArguments& of, uint32_t lines, int column,
                                   int thread) {
-  const float bias = __bfloat162float(static_cast<const __nv_bfloat16*>(of.bias)[column + thread]);
-  store_float(lines + 4 * (kProductSlice + thread), bias);
-  if constexpr (Operand::kBytes == 1) {
-    store_float(lines + 4 * thread, of.column_scale[column + thread]);
+  if (thread < kColumns / 8) {
+    const auto* biases = static_cast<const __nv_bfloat16*>(of.bias) + column;
+    copy_to_shared(lines + kProductBiases + 16 * thread, biases + 8 * thread);
+  }
+  thread -= 64;
+  if (Operand::kBytes == 1 && thread >= 0 && thread < kColumns / 4) {
+    copy_to_shared(lines + 16 * thread, of.column_scale + column + 4 * thread);
   }
 }
 
 struct ProductWork {
-  int down, across, units;  // units: of a tile
+  int columns, down, across, units;  // columns and units: of a tile
 
-  __host__ __device__ explicit ProductWork(const ProductArguments& of, int item_bytes)
-      : down((of.rows + kProductRows - 1) / kProductRows),
-        across(of.columns / kProductColumns),
+  __host__ __device__ ProductWork(const ProductArguments& of, int item_bytes, int block_columns)
+      : columns(block_columns * kProductBlocks),
+        down((of.rows + kProductRows - 1) / kProductRows),
+        across(of.columns / columns),
         units(of.depth * item_bytes / (kMatrixRow * kProductUnit)) {}
   __host__ __device__ int items() const { return down * across; }
   // (row, column) of a tile.
@@ -70,7 +85,7 @@ struct ProductWork {
     const int group = item / (kProductGroup * across);
     const int first = group * kProductGroup, high = min(kProductGroup, down - first);
     const int within = item - group * kProductGroup * across;
-    return {(first + within % high) * kProductRows, within / high * kProductColumns};
+    return {(first + within % high) * kProductRows, within / high * columns};
   }
 };
 
@@ -84,8 +99,10 @@ struct ProductPieces {
   bool split;
   int unit, last;
 
-  __device__ ProductPieces(const ProductArguments& of, int item_bytes)
-      : work(of, item_bytes), split(of.share > 0), last(work.items() * work.units) {
+  __device__ ProductPieces(const ProductArguments& of, int item_bytes, int block_columns)
+      : work(of, item_bytes, block_columns),
+        split(of.share > 0),
+        last(work.items() * work.units) {
     unit = split ? share() * of.share : blockIdx.x / kProductBlocks * work.units;
     if (split) last = min(last, unit + of.share);
   }
@@ -139,14 +156,14 @@ __device__ inline void copy_product(const ProductArguments& of, const CUtensorMa
   constexpr int kStep = kMatrixRow / Operand::kBytes;
   constexpr int kShare = kProductRows / kProductBlocks, kEvery = (1 << kProductBlocks) - 1;
   int piece = 0;
-  for (ProductPieces pieces(of, Operand::kBytes); pieces.some(); pieces.next()) {
+  for (ProductPieces pieces(of, Operand::kBytes, End::kColumns); pieces.some(); pieces.next()) {
     const int2 tile = pieces.work.tile(pieces.item());
-    const int column = tile.y + rank * kProductSlice;
+    const int column = tile.y + rank * End::kColumns;
     const int first = pieces.from() * kProductUnit, steps = pieces.count() * kProductUnit;
     records.write(piece++, {tile.x, column, steps, first > 0 ? 0 : pieces.end()});
     for (int step = first; step < first + steps; ++step) {
       ring.wait_free();
-      phase_expect(ring.full(), kProductStageBytes);
+      phase_expect(ring.full(), kProductRowsBytes + End::kColumns * kMatrixRow);
       const uint32_t to = ring.place() + rank * kShare * kMatrixRow;
       const int row = tile.x + rank * kShare;
       if constexpr (End::kFours) {
@@ -162,11 +179,13 @@ __device__ inline void copy_product(const ProductArguments& of, const CUtensorMa
   records.write(piece, {});
 }
 
-using ProductSums = Accumulators<16>[kProductHalves];
+// Of a warpgroup's rows and 8 kBlocks columns.
+template <int kBlocks>
+using ProductSums = Accumulators<kBlocks>[kProductHalves];
 
 // A stage of a warpgroup's rows times one of the weight, under way from here on.
-template <typename Operand>
-__device__ inline void multiply_stage(ProductSums& sums, uint32_t rows, uint32_t slice) {
+template <typename Operand, int kBlocks>
+__device__ inline void multiply_stage(ProductSums<kBlocks>& sums, uint32_t rows, uint32_t slice) {
   const uint64_t a = matrix_view(rows), weight = matrix_view(slice);
   multiply_fence();
 #pragma unroll
@@ -180,8 +199,8 @@ __device__ inline void multiply_stage(ProductSums& sums, uint32_t rows, uint32_t
 }
 
 // The sums of a piece, of which there are `steps()`: of a warpgroup's rows, `first_row` bytes on.
-template <typename Operand, typename Steps>
-__device__ inline void multiply_tile(ProductSums& sums, const Steps& steps,
+template <typename Operand, int kBlocks, typename Steps>
+__device__ inline void multiply_tile(ProductSums<kBlocks>& sums, const Steps& steps,
                                      Ring<kProductStages, kProductStageBytes>& ring,
                                      uint32_t first_row) {
 #pragma unroll
@@ -209,7 +228,7 @@ __device__ inline void multiply_tile(ProductSums& sums, const Steps& steps,
     for (int step = 0; step < steps(); step += kStages) {
 #pragma unroll
       for (int half = 0; half < kProductHalves; ++half) {
-        Accumulators<16> part;
+        Accumulators<kBlocks> part;
         auto at = read;
         multiply_fence();
 #pragma unroll
@@ -231,7 +250,7 @@ __device__ inline void multiply_tile(ProductSums& sums, const Steps& steps,
         multiply_wait<0>();
         settle(part);
 #pragma unroll
-        for (int j = 0; j < 16; ++j) {
+        for (int j = 0; j < kBlocks; ++j) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) sums[half][j][i] += part[j][i];
         }
@@ -258,14 +277,15 @@ __device__ inline int* flag_of(const ProductArguments& of, int share) {
 }
 
 // The sums of a piece that does not begin its tile, to whoever has its beginning.
-__device__ inline void hand_over(const ProductArguments& of, const ProductSums& sums) {
+template <int kBlocks>
+__device__ inline void hand_over(const ProductArguments& of, const ProductSums<kBlocks>& sums) {
   float4* to = part_of(of, ProductPieces::share());
 #pragma unroll
   for (int half = 0; half < kProductHalves; ++half) {
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
+    for (int j = 0; j < kBlocks; ++j) {
       const float(&four)[4] = sums[half][j];
-      to[(half * 16 + j) * 128] = make_float4(four[0], four[1], four[2], four[3]);
+      to[(half * kBlocks + j) * 128] = make_float4(four[0], four[1], four[2], four[3]);
     }
   }
   __threadfence();
@@ -279,7 +299,8 @@ __device__ inline void hand_over(const ProductArguments& of, const ProductSums& 
 
 // Those of the shares that have the rest of the tile, which ends before unit `end`; their flags are
 // 0 again.
-__device__ inline void take_over(const ProductArguments& of, ProductSums& sums, int end) {
+template <int kBlocks>
+__device__ inline void take_over(const ProductArguments& of, ProductSums<kBlocks>& sums, int end) {
 #pragma unroll 1
   for (int share = ProductPieces::share() + 1; share * of.share < end; ++share) {
     if (thread_again() % 128 == 0) {
@@ -295,11 +316,11 @@ __device__ inline void take_over(const ProductArguments& of, ProductSums& sums, 
 #pragma unroll
     for (int half = 0; half < kProductHalves; ++half) {
 #pragma unroll
-      for (int first = 0; first < 16; first += 8) {
+      for (int first = 0; first < kBlocks; first += 8) {
         if (again(of.share) == 0) continue;  // never: eight are a branch, as a row of end_tile
 #pragma unroll
-        for (int j = first; j < first + 8; ++j) {
-          const float4 four = __ldcg(from + (half * 16 + j) * 128);
+        for (int j = first; j < first + 8 && j < kBlocks; ++j) {
+          const float4 four = __ldcg(from + (half * kBlocks + j) * 128);
           sums[half][j][0] += four.x;
           sums[half][j][1] += four.y;
           sums[half][j][2] += four.z;
@@ -338,18 +359,19 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     registers_grow<kProductRegisters>();
     constexpr int kRows = kProductRows / kProductConsumers;
     const int first_row = (threadIdx.x / 128 - 1) * kRows;
-    const uint32_t lines = base + kProductLines + (threadIdx.x / 128 - 1) * kProductLinesBytes;
+    const uint32_t lines = base + kProductLines + (threadIdx.x / 128 - 1) * kProductEndBytes;
     for (int piece = 0;; ++piece) {
       records.wait(piece);
       const ProductRecord now = records.read(piece);
       if (now.steps == 0) break;
       barrier_wait(thread_again() / 128, 128);  // the lines of the tile before are read
-      load_lines<Operand>(of, lines, now.column, thread_again() % 128);
-      End::fetch(of, now.row + first_row, now.column, thread_again() % 128);
-      ProductSums sums;
+      copy_lines<Operand, End::kColumns>(of, lines, now.column, thread_again() % 128);
+      End::fetch(of, now.row + first_row, now.column, lines + kProductLinesBytes);
+      ProductSums<End::kColumns / 8> sums;
       // Read again at every step: a register less.
       const auto steps = [&] { return records.read(again(piece)).steps; };
       multiply_tile<Operand>(sums, steps, ring, first_row * kMatrixRow);
+      copies_wait_all();
       const ProductRecord done = records.read(again(piece));
       if (done.end == 0) {
         hand_over(of, sums);
@@ -357,7 +379,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         if (of.share > 0) take_over(of, sums, done.end);
         barrier_wait(thread_again() / 128, 128);
         const ProductRecord ended = records.read(again(piece));
-        End::end(of, sums, ended.row + first_row, ended.column, lines, lines);
+        End::end(of, sums, ended.row + first_row, ended.column, lines,
+                 lines + kProductLinesBytes);
       }
     }
   }

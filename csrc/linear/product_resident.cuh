@@ -19,9 +19,8 @@ constexpr int kResidentLines = kResidentRing + kResidentStages * kResidentStageB
 constexpr int kResidentBarriers = kResidentLines + kProductLinesBytes;
 constexpr int kResidentHeld = kResidentBarriers + 16 * kResidentStages;
 constexpr int kResidentTurns = kResidentHeld + 8;
-constexpr int kResidentScratch = kResidentTurns + 8 * kProductConsumers;
-constexpr int kResidentScratchBytes = 32;  // of a warpgroup, for its end
-constexpr int kResidentShared = kResidentScratch + kResidentScratchBytes * kProductConsumers;
+constexpr int kResidentOwn = kResidentTurns + 8 * kProductConsumers;
+constexpr int kResidentShared = kResidentOwn + kProductOwnBytes * kProductConsumers;
 
 // Of `blocks` those that share out the columns evenly, 256 to a cluster.
 inline int resident_blocks(const ProductArguments& of, int blocks) {
@@ -98,7 +97,9 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   } else {
     registers_grow<kProductRegisters>();
     const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128 - 1;
-    if (warpgroup == 0) load_lines<Fp8>(of, base + kResidentLines, column, thread);
+    const uint32_t own = base + kResidentOwn + kProductOwnBytes * warpgroup;
+    if (warpgroup == 0) copy_lines<Fp8, kProductSlice>(of, base + kResidentLines, column, thread);
+    copies_wait_all();
     barrier_wait(1, 128 * kProductConsumers);
     phase_wait(held, 0);
     const uint32_t turn = base + kResidentTurns + 8 * warpgroup;
@@ -106,10 +107,11 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     int parity = 1 - warpgroup;  // the first turn is the first warpgroup's
     for (int step = 0; step < warpgroup * steps; ++step) ring.next();
     for (int tile = work.first(cluster) + warpgroup; tile < last; tile += kProductConsumers) {
-      ProductSums sums;
+      ProductSums<kProductSlice / 8> sums;
 #pragma unroll
       for (int half = 0; half < kProductHalves; ++half) clear(sums[half]);
-      End::fetch(of, tile * kResidentRows, column, thread);
+      __syncwarp();  // what of `own` is the warp's, its lanes have read
+      End::fetch(of, tile * kResidentRows, column, own);
       auto read = ring;
       // Until the other has seen all of its stages: only then does a parity tell those of the
       // ring's next round from those of the one before.
@@ -131,8 +133,9 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       for (int half = 0; half < kProductHalves; ++half) settle(sums[half]);
       free_slot<kProductBlocks>(read, thread);
       for (int step = 0; step < steps; ++step) ring.next();  // the other's
-      End::end(of, sums, tile * kResidentRows, column, base + kResidentLines,
-               base + kResidentScratch + kResidentScratchBytes * warpgroup);
+      copies_wait_all();
+      __syncwarp();
+      End::end(of, sums, tile * kResidentRows, column, base + kResidentLines, own);
     }
   }
   cluster_wait();

@@ -10,31 +10,44 @@
 
 namespace snapkernels {
 
-#define SNAP_SUMS                                                                             \
+#define SNAP_48                                                                               \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, %48, %49, "
+#define SNAP_64                                                                               \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
   "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, "
 #define SNAP_FOUR(how, j) how(sum[j][0]), how(sum[j][1]), how(sum[j][2]), how(sum[j][3])
-#define SNAP_ALL(how)                                                                         \
-  SNAP_FOUR(how, 0), SNAP_FOUR(how, 1), SNAP_FOUR(how, 2), SNAP_FOUR(how, 3),                 \
-      SNAP_FOUR(how, 4), SNAP_FOUR(how, 5), SNAP_FOUR(how, 6), SNAP_FOUR(how, 7),             \
-      SNAP_FOUR(how, 8), SNAP_FOUR(how, 9), SNAP_FOUR(how, 10), SNAP_FOUR(how, 11),           \
-      SNAP_FOUR(how, 12), SNAP_FOUR(how, 13), SNAP_FOUR(how, 14), SNAP_FOUR(how, 15)
+#define SNAP_TWELVE(how, j) SNAP_FOUR(how, j), SNAP_FOUR(how, j + 1), SNAP_FOUR(how, j + 2)
+#define SNAP_ALL_48(how) \
+  SNAP_TWELVE(how, 0), SNAP_TWELVE(how, 3), SNAP_TWELVE(how, 6), SNAP_TWELVE(how, 9)
+#define SNAP_ALL_64(how) SNAP_ALL_48(how), SNAP_TWELVE(how, 12), SNAP_FOUR(how, 15)
 
-// 64 x 128, 32 bytes of K: the first of a sum, and one that is added to it.
+// 64 x 96 and 64 x 128, 32 bytes of K: the first of a sum, and one that is added to it.
 struct Fp8 {
   static constexpr int kPromote = 2;  // stages, after which sums are added to others
   static constexpr int kBytes = 1;
   static constexpr auto kMap = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  static __device__ void first(Accumulators<12>& sum, uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k32.f32.e4m3.e4m3 " SNAP_48 "0, 1, 1;"
+                 : SNAP_ALL_48("=f")
+                 : "l"(a), "l"(b));
+  }
+  static __device__ void add(Accumulators<12>& sum, uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k32.f32.e4m3.e4m3 " SNAP_48 "1, 1, 1;"
+                 : SNAP_ALL_48("+f")
+                 : "l"(a), "l"(b));
+  }
   static __device__ void first(Accumulators<16>& sum, uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " SNAP_SUMS "0, 1, 1;"
-                 : SNAP_ALL("=f")
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " SNAP_64 "0, 1, 1;"
+                 : SNAP_ALL_64("=f")
                  : "l"(a), "l"(b));
   }
   static __device__ void add(Accumulators<16>& sum, uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " SNAP_SUMS "1, 1, 1;"
-                 : SNAP_ALL("+f")
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " SNAP_64 "1, 1, 1;"
+                 : SNAP_ALL_64("+f")
                  : "l"(a), "l"(b));
   }
 };
@@ -53,9 +66,12 @@ struct Bf16 {
   }
 };
 
-#undef SNAP_ALL
+#undef SNAP_ALL_64
+#undef SNAP_ALL_48
+#undef SNAP_TWELVE
 #undef SNAP_FOUR
-#undef SNAP_SUMS
+#undef SNAP_64
+#undef SNAP_48
 
 // The larger, or NaN if one is.
 __device__ inline float larger(float one, float other) {
@@ -80,16 +96,6 @@ __device__ inline void unpacked(float (&to)[8], const uint4& from) {
     to[2 * i] = bf16_low(words[i]);
     to[2 * i + 1] = bf16_high(words[i]);
   }
-}
-
-// x Phi(x), with Phi(x) = 1 / (1 + 2^-(x p(x^2))): p is fitted so that the result is within 0.12 %,
-// a third of a bfloat16's last place, from -5 on, and below within 1e-6.
-__device__ inline float gelu(float x) {
-  const float square = x * x;
-  float p = fmaf(square, -1.3275943679920691e-05f, 1.434396236322697e-03f);
-  p = fmaf(square, p, -0.10953633345519917f);
-  p = fmaf(square, p, -2.297166139029949f);
-  return x * reciprocal_fast(1 + exp2_fast(x * p));
 }
 
 }  // namespace snapkernels

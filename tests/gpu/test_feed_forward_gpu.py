@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import layer_norm
+from torch.nn.functional import gelu, layer_norm
 
 from snapkernels import (
     FeedForwardWeights,
@@ -15,6 +15,7 @@ from snapkernels import (
     quantise_feed_forward,
     quantise_rows,
 )
+from snapkernels.ops.feed_forward.kernels.cuda import split_parts
 from snapkernels.ops.feed_forward.weights import DIMS
 from snapkernels.testing.inputs import random_weights
 from snapkernels.testing.numerics import relative_rms
@@ -137,3 +138,21 @@ def test_sums_of_layernorms_rows_lose_less_than_bf16_rounds(depth, gpu):
     rows, by = quantise_rows(layer_norm(x.double(), (depth,), *widened, 1e-6).float())
     expected = (rows.double() * by[:, None]) @ (matrix.double() * scale[:, None]).T
     assert relative_rms(found, expected) < 3e-3
+
+
+@pytest.mark.parametrize("width", [512, 2048])
+def test_hidden_values_are_gelus_but_for_roundings_near_a_tie(width, gpu):
+    """Of the same operands in float64; what 16 bits round is a hundredth of e4m3's step."""
+    torch.manual_seed(0)
+    sizes = {"D": width, "F": HIDDEN}
+    w = random_weights(FeedForwardWeights, DIMS, sizes, dtype=torch.bfloat16, device="cuda")
+    w, x = quantise_feed_forward(w), torch.randn(1000, width, device=gpu).bfloat16()
+    rows = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(2, len(x), device=gpu)
+    hidden = x.new_empty(len(x), HIDDEN, dtype=rows.dtype)
+    out, parts = torch.empty_like(x), split_parts(x)
+    torch.ops.snapkernels_cuda.feed_forward_fp8(x, *w, rows, scales, hidden, out, *parts, 1e-6)
+    fc1 = w.fc1_weight.double() * w.fc1_scale[:, None].double()
+    y = (rows.double() * scales[0, :, None].double()) @ fc1.T + w.fc1_bias.double()
+    expected = (gelu(y) / scales[1, :, None]).float().to(rows.dtype)
+    assert relative_rms(hidden.double(), expected.double()) < 0.018

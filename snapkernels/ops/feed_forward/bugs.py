@@ -51,14 +51,20 @@ _CUDA_FP8 = (
     _cuda_bug(
         "the scale of the token before",
         "product_end.cuh",
-        "some ? of.row_scale[row_of(i)] : 1",
-        "some ? of.row_scale[max(row_of(i) - 1, 0)] : 1",
+        "of.row_scale + row + place, some",
+        "of.row_scale + max(row + place - 1, 0), some",
     ),
     _cuda_bug(
         "a resident weight times the next tokens",
         "product_resident.cuh",
         "first_row = tile * kResidentRows;",
         "first_row = (tile + 1) * kResidentRows;",
+    ),
+    _cuda_bug(
+        "columns of a wider block",
+        "product.cuh",
+        "column = tile.y + rank * End::kColumns;",
+        "column = tile.y + rank * kProductSlice;",
     ),
     _cuda_bug(
         "sums not promoted",
@@ -74,15 +80,14 @@ _CUDA_HIDDEN = (
     _cuda_bug(
         "GELU of the quantised numbers",
         "product_end.cuh",
-        "if constexpr (kGelu) y[j] = gelu(y[j]);",
-        "if constexpr (kGelu) y[j] = gelu(y[j] * (kQuantised ? inverses[i] : 1)) /"
-        " (kQuantised ? inverses[i] : 1);",
+        "twice_gelu(y[2 * j], y[2 * j + 1], halves[i])",
+        "twice_gelu(2 * halves[i] * y[2 * j], 2 * halves[i] * y[2 * j + 1], 0.5f)",
     ),
     _cuda_bug(
         "the hidden scale of the token before",
         "product_end.cuh",
-        "of.hidden_scale[row_of(i)]",
-        "of.hidden_scale[max(row_of(i) - 1, 0)]",
+        "of.hidden_scale + row + place, some",
+        "of.hidden_scale + max(row + place - 1, 0), some",
     ),
     _cuda_bug(
         "a hidden bound that is passed",

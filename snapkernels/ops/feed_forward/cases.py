@@ -95,6 +95,10 @@ def linear_cases() -> tuple[Case, ...]:
         case("positive", "gpu", (64,), (1024, 256), dtypes=(BF16,), change=_positive_product),
         # Few tiles for many multiprocessors, which share out what each is summed over.
         case("deep", "gpu", (64,), (4096, 256), norm=True, residual=True, dtypes=(BF16,)),
+        # Blocks of fewer columns for few tiles: alone, of a LayerNorm's rows, and split as well.
+        case("narrow-tiles", "gpu", (300,), (2048, 768), residual=True, dtypes=(BF16,)),
+        case("narrow-tiles-normed", "gpu", (90,), (1280, 1536), norm=True, dtypes=(BF16,)),
+        case("narrow-tiles-deep", "gpu", (257,), (4096, 768), residual=True, dtypes=(BF16,)),
         large("qkv-3.9b", (16, 768), (3072, 9216), norm=True),
         large("out-3.9b", (16, 768), (3072, 3072), residual=True),
         large("qkv-3.9b-b1", (1, 768), (3072, 9216), norm=True),

@@ -61,7 +61,9 @@ _CUDA = (
         "to + (group * 4 * kTogether + j) * tokens",
         "to + (group * 4 * kTogether + (j ^ 1)) * tokens",
     ),
-    _cuda_bug("a head's largest of one warp", _HEADS, "share_most(all, scratch);", ";"),
+    _cuda_bug(
+        "a head's largest of one warp", _HEADS, "share_most(all, own + kProductScratch);", ";"
+    ),
 )
 LATENT_ATTENTION_FP8 = (
     *_CUDA,
