@@ -31,7 +31,7 @@ constexpr int kProductStages = 4;
 constexpr int kProductRowsBytes = kProductRows * kMatrixRow;
 constexpr int kProductSliceBytes = kProductSlice * kMatrixRow;
 constexpr int kProductStageBytes = kProductRowsBytes + kProductSliceBytes;
-// What a warpgroup's end reads. Its columns' scales and biases; its 128 rows' scales, and what their
+// What a warpgroup's end reads: its columns' scales and biases, its 128 rows' scales, what their
 // GELU is quantised by, and room for what its warps tell each other.
 constexpr int kProductBiases = 4 * kProductSlice;
 constexpr int kProductLinesBytes = kProductBiases + 2 * kProductSlice;
@@ -57,7 +57,7 @@ constexpr int kProductGroup = 8;
 constexpr int kProductUnit = 2;  // stages: of these a tile is as many units as its depth has
 
 // Scales and biases of the block's kColumns columns, by a warpgroup; they are there after
-// copies_wait_all().
+// copies_wait_all() and a barrier of it.
 template <typename Operand, int kColumns>
 __device__ inline void copy_lines(const ProductArguments& of, uint32_t lines, int column,
                                   int thread) {
@@ -317,7 +317,7 @@ __device__ inline void take_over(const ProductArguments& of, ProductSums<kBlocks
     for (int half = 0; half < kProductHalves; ++half) {
 #pragma unroll
       for (int first = 0; first < kBlocks; first += 8) {
-        if (again(of.share) == 0) continue;  // never: eight are a branch, as a row of end_tile
+        if (again(of.share) == 0) continue;  // never: eight are a branch
 #pragma unroll
         for (int j = first; j < first + 8 && j < kBlocks; ++j) {
           const float4 four = __ldcg(from + (half * kBlocks + j) * 128);

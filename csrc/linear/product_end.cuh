@@ -22,7 +22,8 @@ __device__ inline void load_eight_bf16(float (&to)[8], uint32_t from) {
 }
 
 // The scales of 128 rows, of which each warp copies those that it reads: `place` of its lane is
-// where. They are there after copies_wait_all() of a warp. A row beyond the last has none.
+// where. They are there after copies_wait_all() and __syncwarp(). Rows beyond the last have 0, and
+// of its inverse nothing is stored.
 __device__ inline void copy_row_scales(const ProductArguments& of, int row, int place,
                                        uint32_t own) {
   const bool some = row + place < of.rows;
@@ -75,6 +76,7 @@ struct ProductEnd {
                              uint32_t lines, uint32_t own) {
     constexpr bool kFp8 = Operand::kBytes == 1, kQuantised = kFp8 && kGelu;
     constexpr int kGroups = kColumns / 4 / kTogether;
+    static_assert(kGroups * 4 * kTogether == kColumns);
     constexpr int kRows = 2 * kProductHalves;
     constexpr int kAhead = 2;  // groups of the residual
     const int lane = thread_again() % 32, first = lane % 4 * kTogether;

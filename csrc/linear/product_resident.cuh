@@ -21,6 +21,7 @@ constexpr int kResidentHeld = kResidentBarriers + 16 * kResidentStages;
 constexpr int kResidentTurns = kResidentHeld + 8;
 constexpr int kResidentOwn = kResidentTurns + 8 * kProductConsumers;
 constexpr int kResidentShared = kResidentOwn + kProductOwnBytes * kProductConsumers;
+static_assert(kResidentShared <= 227 * 1024);
 
 // Of `blocks` those that share out the columns evenly, 256 to a cluster.
 inline int resident_blocks(const ProductArguments& of, int blocks) {
@@ -50,6 +51,7 @@ template <typename End>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product_resident_kernel(const __grid_constant__ CUtensorMap a,
                             const __grid_constant__ CUtensorMap weight, ProductArguments of) {
+  static_assert(End::kColumns == kProductSlice);
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const int rank = rank_in_cluster(), cluster = blockIdx.x / kProductBlocks;

@@ -8,6 +8,7 @@ from torch.nn.functional import gelu, layer_norm
 
 from snapkernels import (
     FeedForwardWeights,
+    extension,
     feed_forward,
     feed_forward_fp8,
     linear,
@@ -143,6 +144,7 @@ def test_sums_of_layernorms_rows_lose_less_than_bf16_rounds(depth, gpu):
 @pytest.mark.parametrize("width", [512, 2048])
 def test_hidden_values_are_gelus_but_for_roundings_near_a_tie(width, gpu):
     """Of the same operands in float64; what 16 bits round is a hundredth of e4m3's step."""
+    assert extension.load() is None
     torch.manual_seed(0)
     sizes = {"D": width, "F": HIDDEN}
     w = random_weights(FeedForwardWeights, DIMS, sizes, dtype=torch.bfloat16, device="cuda")
@@ -155,4 +157,4 @@ def test_hidden_values_are_gelus_but_for_roundings_near_a_tie(width, gpu):
     fc1 = w.fc1_weight.double() * w.fc1_scale[:, None].double()
     y = (rows.double() * scales[0, :, None].double()) @ fc1.T + w.fc1_bias.double()
     expected = (gelu(y) / scales[1, :, None]).float().to(rows.dtype)
-    assert relative_rms(hidden.double(), expected.double()) < 0.018
+    assert relative_rms(hidden.double(), expected.double()) < 0.011

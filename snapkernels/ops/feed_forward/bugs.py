@@ -61,10 +61,10 @@ _CUDA_FP8 = (
         "first_row = (tile + 1) * kResidentRows;",
     ),
     _cuda_bug(
-        "columns of a wider block",
+        "columns of a narrower block",
         "product.cuh",
         "column = tile.y + rank * End::kColumns;",
-        "column = tile.y + rank * kProductSlice;",
+        "column = tile.y + rank * (End::kColumns < kProductSlice ? 64 : kProductSlice);",
     ),
     _cuda_bug(
         "sums not promoted",
@@ -83,6 +83,7 @@ _CUDA_HIDDEN = (
         "twice_gelu(y[2 * j], y[2 * j + 1], halves[i])",
         "twice_gelu(2 * halves[i] * y[2 * j], 2 * halves[i] * y[2 * j + 1], 0.5f)",
     ),
+    _cuda_bug("tanh of a straight line", "gelu.cuh", "kThird = 0x28742874", "kThird = 0"),
     _cuda_bug(
         "the hidden scale of the token before",
         "product_end.cuh",

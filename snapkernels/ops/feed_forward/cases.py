@@ -98,7 +98,9 @@ def linear_cases() -> tuple[Case, ...]:
         # Blocks of fewer columns for few tiles: alone, of a LayerNorm's rows, and split as well.
         case("narrow-tiles", "gpu", (300,), (2048, 768), residual=True, dtypes=(BF16,)),
         case("narrow-tiles-normed", "gpu", (90,), (1280, 1536), norm=True, dtypes=(BF16,)),
-        case("narrow-tiles-deep", "gpu", (257,), (4096, 768), residual=True, dtypes=(BF16,)),
+        case("narrow-tiles-deep", "gpu", (257,), (3840, 768), residual=True, dtypes=(BF16,)),
+        # Two tiles of a cluster, one after the other.
+        case("narrow-tiles-twice", "gpu", (1536,), (1536, 3072), residual=True, dtypes=(BF16,)),
         large("qkv-3.9b", (16, 768), (3072, 9216), norm=True),
         large("out-3.9b", (16, 768), (3072, 3072), residual=True),
         large("qkv-3.9b-b1", (1, 768), (3072, 9216), norm=True),
