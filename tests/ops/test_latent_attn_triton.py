@@ -166,8 +166,8 @@ def test_what_it_refuses(rng):
 
     with pytest.raises(ValueError, match="a head has 129 channels, more than 128"):
         call(16, 258, 2)
-    with pytest.raises(ValueError, match="a head has 3 channels, fewer than 4"):
-        call(16, 6, 2)
+    with pytest.raises(ValueError, match="a head has an odd number of channels, 33"):
+        call(16, 66, 2)
     with pytest.raises(ValueError, match="the inner width is 16512, more than 16384"):
         call(2, 16512, 129)
     with pytest.raises(ValueError, match="tokens are torch"):

@@ -55,6 +55,7 @@ def fp8_cases() -> tuple[Case, ...]:
     """`sublayer_cases`, and what 8-bit numbers could be wrong on."""
     return (
         *(case for case in sublayer_cases() if case.name != "heads-of-one"),
+        _case("heads-of-two", "cpu", (2, 6), (12, 8), 4),
         _case("heads-of-four", "cpu", (2, 6), (12, 8), 2),
         _case("heads-of-64", "cpu", (1, 129), (64, 128), 2, dtypes=(BF16, FP16)),
         _case("heads-of-128", "cpu", (1, 129), (64, 128), 1, dtypes=(BF16, FP32)),

@@ -138,8 +138,6 @@ def product(
         dropout: the probability of zeroing a value, and a seed.
         y_scale_M: float32; the result is then e4m3, of these scales, else in the bias's dtype.
     """
-    if a_MK.element_size() == 1 and a_MK.shape[1] % 4 == 2:
-        a_MK, w_NK = _padded(a_MK), _padded(w_NK)
     (rows, depth), (outputs, _) = a_MK.shape, w_NK.shape
     dtype = bias_N.dtype if y_scale_M is None else torch.float8_e4m3fn
     y_MN = a_MK.new_empty((rows, outputs), dtype=dtype)
@@ -171,8 +169,3 @@ def product(
             num_stages=config.TRITON_STAGES,
         )
     return y_MN
-
-
-def _padded(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of e4m3 with two zeros more, not loaded by pairs of bytes: a layer of such was wrong."""
-    return torch.nn.functional.pad(rows.view(torch.uint8), (0, 2)).view(rows.dtype)
