@@ -4,10 +4,14 @@ VENV ?= .venv
 READY := $(VENV)/ready
 export VENV PYTHON TORCH_INDEX_URL
 
-.PHONY: throughput test lint ext mutants clean
+.PHONY: throughput report test lint ext mutants clean
 
 throughput: $(READY)
 	$(VENV)/bin/python bench/throughput.py $(ARGS)
+
+# All figures of this machine and the report of them; without a GPU: ARGS="--folder figures"
+report: $(READY)
+	$(VENV)/bin/python bench/reproduce.py $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from throughput import say, significant
+from support import say, significant
 
 from snapkernels import quantise_rows
 from snapkernels.ops.latent_attn.reference import latent_attention

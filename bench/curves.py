@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from throughput import CLIP, positive_int, say, significant
+from support import CLIP, positive_int, say, significant
 
 from snapkernels import dispatch, forward_process, library
 from snapkernels.roofline import measure_ceilings, short_name

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from gate import Inputs, expected_output, output
-from throughput import CLIP, say, significant
+from support import CLIP, say, significant
 from workload import build_model, load_batch
 
 from snapkernels import RECIPES, Recipe, quantise

@@ -1,49 +1,37 @@
-"""The README's figure table, made from the newest committed record.
+"""What the newest records say: the README's tables, and a page of figures.
 
-python bench/report.py            # rewrite the table in README.md
-python bench/report.py --check    # fail if it is not what the record says
+python bench/report.py                                # rewrite the tables in README.md
+python bench/report.py --check                        # fail if they are not what the record says
+python bench/report.py --html FILE.html --png FOLDER  # also the page, and its figures
 """
 
 import argparse
+import json
+import os
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from paper import PAPER_A100
+from page import NAMES, pictures, render
+from tables import absent_peers, figures, headline, markdown, paper
 
-from snapkernels.testing.record import ROOT, newest
+from snapkernels.testing.record import ROOT, file_path, newest, problems, replace_file
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-COLUMNS = (
-    "case",
-    "variant",
-    "batch",
-    "ms/video (p20-p80)",
-    "TFLOP/s",
-    "% of ceiling",
-    "floor ms",
-    "% of floor",
-    "peak GiB",
-    "paper, A100",
-)
+# What a measured row has beside the form of every record.
+ROW_FIELDS: dict[str, tuple[str, ...]] = {
+    "throughput": (),
+    "costs": ("explained_pct", "parts", "blocks", "rest"),
+    "model_scaling": ("axis", "point"),
+}
+PART_FIELDS = ("part", "ops", "ms", "predicted_ms", "tflop", "gb")
 
 
 def figure_table(record: dict[str, Any]) -> str:
-    """A Markdown table of a throughput record, the paper's rows beside and below ours."""
-    rows = [_row(row, record["ceilings"]) for row in record["rows"]]
-    measured = {row["case"] for row in record["rows"]}
-    rows += [
-        [case, "paper-a100", *[""] * (len(COLUMNS) - 3), f"{value:g}"]
-        for case, value in PAPER_A100.items()
-        if case not in measured
-    ]
-    cells = [list(COLUMNS), *rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(lines)
+    """A Markdown table of a throughput record, and below it the peers that are absent."""
+    absent = "".join(f"\n- {line}" for line in absent_peers(record))
+    return markdown(figures(record)) + (f"\n\nAbsent peers:\n{absent}" if absent else "")
 
 
 def section() -> str:
@@ -56,7 +44,15 @@ def section() -> str:
     return (
         f"{record['device']['name']}, torch {record['versions']['torch']}, commit "
         f"{record['commit'][:10]}; ceilings measured in the same process: {ceilings}. From "
-        f"`{path.relative_to(ROOT)}` by `python bench/report.py`.\n\n{figure_table(record)}"
+        f"`{path.relative_to(ROOT)}` by `python bench/report.py`.\n\n"
+        "The fastest row of every model and mode, and the time of the fastest peer, whatever its\n"
+        "number format, over ours: from its p20 over our p80 to its p80 over our p20, at equal\n"
+        "batches unless it says otherwise. Below 1 is a loss. Rows before which one fixed load\n"
+        "ran at rates more than 5 % apart, by the GPU's clock, have no ratio; of some records\n"
+        'these rates are not known ("no clock").\n\n'
+        f"{markdown(headline(record))}\n\n"
+        "The paper's own ratios, of the fastest row of each model here:\n\n"
+        f"{markdown(paper(record))}\n\nAll rows:\n\n{figure_table(record)}"
     )
 
 
@@ -73,44 +69,121 @@ def rendered(readme: str) -> str:
     return f"{before}{BEGIN}\n{section()}\n{END}{after}"
 
 
-def main() -> int:
-    """Rewrite or check README.md."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    readme = ROOT / "README.md"
-    current = readme.read_text()
+def load(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """The newest record of each name in `NAMES` that there is one of.
+
+    Args:
+        folder: where to look, its folders included; None for the committed records.
+
+    Raises:
+        ValueError: a record is not in form, or the folder has none.
+    """
+    records = {}
+    for what in NAMES:
+        found = newest(what) if folder is None else _newest_in(folder, what)
+        if found is None:
+            continue
+        path, records[what] = found
+        wrong = problems(records[what])
+        for index, row in enumerate(records[what].get("rows", [])):
+            if row.get("gate") == "ok":
+                wrong += [f"row {index}: {lacks!r} is missing" for lacks in _lacking(what, row)]
+        if wrong:
+            raise ValueError(f"{path.name}: {'; '.join(wrong)}")
+    if folder and not records:
+        raise ValueError(f"{folder}: no file in it is named <date>-{' or -'.join(NAMES)}.json")
+    return records
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrite or check README.md, or make the page; 1 where a check fails, 2 on bad input."""
+    args = _parse(arguments)
     try:
-        wanted = rendered(current)
-    except ValueError as error:
+        if not args.records:
+            status = _readme(check=args.check)
+            if status:
+                return status
+        if args.html or args.png:
+            _write_page(load(args.records), args.html, args.png)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.check:
-        if current != wanted:
-            print("README.md is not what the records say: run python bench/report.py")
-        return int(current != wanted)
-    readme.write_text(wanted)
     return 0
 
 
-def _row(row: dict[str, Any], ceilings: dict[str, float]) -> list[str]:
-    paper = PAPER_A100.get(row["case"])
-    start = [row["case"], row["variant"], str(row["batch"])]
-    end = [f"{row['peak_gib']:g}" if "peak_gib" in row else "", f"{paper:g}" if paper else ""]
-    if row["gate"] != "ok":
-        return [*start, "no figure", "", "", "", "", *end]
-    rate = row["tflop"] / row["value"] * 1e3
-    # Of fp8 that of its quantised products, which a CPU has not.
-    ceiling = ceilings.get(f"{row['variant'].rsplit('-', 1)[1]}_tflop_s")
-    return [
-        *start,
-        f"{row['value']:.4g} ({row['p20']:.4g}-{row['p80']:.4g})",
-        f"{rate:.3g}",
-        f"{100 * rate / ceiling:.0f}" if ceiling else "",
-        f"{row['floor']:.3g}",
-        f"{row['pct_of_floor']:.0f}",
-        *end,
-    ]
+def _readme(*, check: bool) -> int:
+    readme = ROOT / "README.md"
+    current = readme.read_text()
+    wanted = rendered(current)
+    if check and current != wanted:
+        print("README.md is not what the records say: run python bench/report.py")
+        return 1
+    if not check:
+        replace_file(readme, wanted)
+    return 0
+
+
+def _write_page(records: dict[str, dict[str, Any]], html: Path | None, folder: Path | None) -> None:
+    drawn = pictures(records)
+    if html:
+        replace_file(html, render(records, drawn))
+        print(f"page written to {html}")
+    if not folder:
+        return
+    for name, png in drawn.items():
+        path = folder / f"{name}.png"
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(png)
+        os.replace(partial, path)
+        print(f"figure written to {path}")
+
+
+def _lacking(what: str, row: dict[str, Any]) -> list[str]:
+    """The fields that a measured row of a record named `what` should have and has not."""
+    lacking = [field for field in ROW_FIELDS[what] if field not in row]
+    for part in row.get("parts", []):
+        lacking += [f"parts: {field}" for field in PART_FIELDS if field not in part]
+    return lacking
+
+
+def _newest_in(folder: Path, what: str) -> tuple[Path, dict[str, Any]] | None:
+    found = []
+    for path in folder.rglob(f"*-{what}.json"):
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path.name}: not JSON: {error}") from None
+        if not isinstance(record, dict) or "taken" not in record:
+            raise ValueError(f"{path.name}: field 'taken' is missing: it is no record")
+        found.append((path, record))
+    return max(found, key=lambda pair: pair[1]["taken"], default=None)
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: no such folder")
+    return path
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, compare")
+    parser.add_argument("--html", type=file_path, metavar="FILE.html", help="write the page here")
+    parser.add_argument("--png", type=_folder, metavar="FOLDER", help="write the figures here")
+    parser.add_argument(
+        "--records",
+        type=_folder,
+        metavar="FOLDER",
+        help="make page and figures of the records in here, and leave README.md alone",
+    )
+    args = parser.parse_args(arguments)
+    pages = args.html or args.png
+    if args.records and (args.check or not pages):
+        parser.error("--records needs --html or --png: README.md tells the committed records alone")
+    if pages and find_spec("matplotlib") is None:
+        parser.error("--html and --png need the package matplotlib: pip install matplotlib")
+    return args
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from throughput import OUT_OF_MEMORY, reported_out_of_memory, say, significant
+from support import OUT_OF_MEMORY, reported_out_of_memory, say, significant
 
 from snapkernels.dispatch import choose
 from snapkernels.registry import OPS, Op

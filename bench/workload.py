@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -10,6 +11,27 @@ from snapvideo_core.training import augment_low_res
 
 LOW_RES_NOISE = 0.2  # augmentation level of an upsampler's input, as at inference
 SEED = 0
+
+
+class Sizes(Protocol):
+    """What a batch is made for: a `FITConfig` or a `UNetConfig`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def low_res(self) -> tuple[int, int] | None: ...
+    @property
+    def text_dim(self) -> int: ...
+    @property
+    def text_length(self) -> int: ...
+    @property
+    def sigma_in(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +45,7 @@ class Batch:
 
 
 def load_batch(
-    clip: Path, config: FITConfig, batch: int, framerate: float, device: torch.device
+    clip: Path, config: Sizes, batch: int, framerate: float, device: torch.device
 ) -> Batch:
     """Read `clip` at the model's size and noise it. Only the text embeddings are made up.
 

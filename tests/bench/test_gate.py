@@ -3,7 +3,7 @@
 import gate as gate_module
 import pytest
 import torch
-from throughput import CLIP
+from support import CLIP
 from workload import build_model, load_batch
 
 from snapkernels import dispatch, library, quantise

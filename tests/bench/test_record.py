@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import subprocess
+import time
 
 import pytest
 import report
@@ -161,11 +162,80 @@ def test_the_commit_is_heads_or_the_one_named(monkeypatch, tmp_path):
     assert record.commit() == (head, True)
 
 
-def test_load_is_what_the_gpu_tells(monkeypatch):
-    answers = iter([["345", "70.5"], ["1980", "[N/A]"], ["1700", "[N/A]"], ["1755", "[N/A]"]])
-    monkeypatch.setattr(load, "query_gpu", lambda *_: next(answers, None))
-    watched = load.Load(torch.device("cuda"))
-    for _ in range(3):
-        watched.inside.append(watched._sample())
-    assert watched.fields() == {"sm_clock_mhz": [345.0, 1755.0]}
+@pytest.fixture
+def gpu_that_tells(monkeypatch):
+    """A function of answers of nvidia-smi, each a list of strings or None: a Load that hears them.
+
+    The last is given again and again.
+    """
+
+    def loaded(*answers):
+        said = list(answers)
+        monkeypatch.setattr(load, "query_gpu", lambda *_: said.pop(0) if len(said) > 1 else said[0])
+        monkeypatch.setattr(load, "FIRST_S", 0.01)
+        return load.Load(torch.device("cuda"))
+
+    return loaded
+
+
+def watched_for_a_while(told):
+    with told.watched() as window:
+        time.sleep(0.3)
+    return window
+
+
+def test_load_is_what_the_gpu_tells(gpu_that_tells):
+    told = gpu_that_tells(["345", "70.5", "0x0"], ["1980", "[N/A]", "0x0000000000000004"])
+    window = watched_for_a_while(told)
+    assert window.medians() == {"sm_clock_mhz": 1980.0}
+    assert told.fields() == {"sm_clock_mhz": [345.0, 1980.0]}
+    assert window.slowdowns == set()  # a power cap is a figure's own doing
     assert load.Load(torch.device("cpu")).fields() == {}
+
+
+@pytest.mark.parametrize(
+    ("bits", "slowdown"),
+    [
+        ("0x0000000000000008", "hardware slowdown"),
+        ("0x0000000000000024", "software thermal slowdown"),
+        ("0x0000000000000040", "hardware thermal slowdown"),
+        ("0x0000000000000080", "hardware power brake"),
+    ],
+)
+def test_slowdowns_are_seen(gpu_that_tells, bits, slowdown):
+    told = gpu_that_tells(["345", "70.5", "0x0"], ["1980", "700", bits])
+    assert watched_for_a_while(told).slowdowns == {slowdown}
+
+
+def test_an_old_driver_that_does_not_know_reasons_still_tells_the_clock(gpu_that_tells):
+    told = gpu_that_tells(None, ["345", "70.5"], None, ["1980", "700"])
+    assert told.before == {"sm_clock_mhz": 345.0, "power_w": 70.5}
+    assert told._sample() == ({"sm_clock_mhz": 1980.0, "power_w": 700.0}, set())
+
+
+@pytest.mark.parametrize(
+    ("held_gib", "busy", "reason"),
+    [
+        (0.6, "0", None),  # a context of our own
+        (9.0, "0", "the GPU is shared: others hold 9.0 GiB of it"),
+        (0.6, "97", "the GPU is shared: it is 97 % busy before anything of ours runs"),
+        (0.6, "[N/A]", None),
+    ],
+)
+def test_a_shared_gpu_is_found_by_memory_or_by_work(
+    gpu_that_tells, monkeypatch, held_gib, busy, reason
+):
+    told = gpu_that_tells(["345", "70.5", "0x0"], [busy])
+    total = 80 * 2**30
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda _: (total - int(held_gib * 2**30), total)
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    assert told.shared() == reason
+    assert load.Load(torch.device("cpu")).shared() is None
+
+
+def test_without_a_figure_a_row_keeps_what_was_not_measured():
+    row = load.without_figure(ROW | {"peak_gib": 1.0}, "wrong")
+    assert row["gate"] == "wrong" and row["case"] == ROW["case"]
+    assert record.problems({"schema": 1, "rows": [row]} | dict.fromkeys(record.FIELDS[1:-1])) == []

@@ -1,18 +1,26 @@
 """The throughput bench as a user runs it: figures, records, one line for what is wrong."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 
+import fit_subject
 import pytest
+import support
 import throughput
 import torch
+import unet_subject
+from fit_subject import inference
+from subject import CAPTURED, Options, Variant
+from support import CLIP
+from unet_subject import UNetSubject
 from video_files import quadrants, write_image
 from workload import load_batch
 
-from snapkernels import FeedForward, Fp8FeedForward, LatentAttention
-from snapkernels.testing import record
+from snapkernels import RECIPES, FeedForward, Fp8FeedForward, LatentAttention
+from snapkernels.testing import load, record
 from snapkernels.testing.load import Load
 from snapkernels.testing.timing import Timing
 from snapvideo_core import FIT, capture, read_clip
@@ -63,9 +71,9 @@ def test_every_mode_gives_figures_and_a_record(tmp_path):
 def test_the_batch_is_the_clip():
     """Every pixel comes from the file, at the size each model asks for."""
     for config in (TINY, TINY_UP):
-        data = load_batch(throughput.CLIP, config, 2, 12.5, torch.device("cpu"))
+        data = load_batch(CLIP, config, 2, 12.5, torch.device("cpu"))
         size = (config.height, config.width)
-        clip = read_clip(throughput.CLIP, frames=config.frames, size=size, framerate=12.5)
+        clip = read_clip(CLIP, frames=config.frames, size=size, framerate=12.5)
         assert torch.equal(data.video, clip.video.expand(2, -1, -1, -1, -1))
         assert data.cond.framerate.tolist() == [12.5, 12.5]
         assert data.cond.resolution.tolist() == [[360.0, 640.0]] * 2
@@ -73,7 +81,7 @@ def test_the_batch_is_the_clip():
         spread = left.flatten(1).std(1)
         torch.testing.assert_close(spread, data.sigma, rtol=0.05, atol=0)
         assert torch.corrcoef(left.flatten(1))[0, 1].abs() < 0.1
-    low = read_clip(throughput.CLIP, frames=4, size=TINY_UP.low_res, framerate=12.5).video
+    low = read_clip(CLIP, frames=4, size=TINY_UP.low_res, framerate=12.5).video
     similarity = torch.corrcoef(torch.stack([data.cond.low_res[0].flatten(), low.flatten()]))
     assert similarity[0, 1] > 0.7  # the rest is the augmentation's noise
 
@@ -88,10 +96,10 @@ def test_an_image_is_a_clip_of_infinite_framerate(tmp_path):
 
 def test_inference_is_self_conditioned():
     """The timed evaluation has the latents of one before it."""
-    data, seen = load_batch(throughput.CLIP, TINY, 1, 24.0, torch.device("cpu")), []
+    data, seen = load_batch(CLIP, TINY, 1, 24.0, torch.device("cpu")), []
     model = FIT(TINY).eval()
     model.register_forward_hook(lambda _, arguments, result: seen.append((arguments[3], result[1])))
-    throughput._inference(model, model, data)()
+    inference(model, model, data)()
     (nothing, latents), (previous, _) = seen
     assert not nothing.any() and previous is latents
 
@@ -104,10 +112,10 @@ def test_every_case_reads_the_clip_at_the_framerate_asked_for(monkeypatch):
         return load_batch(clip, config, batch, framerate, device)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput, "load_batch", record_it)
+    monkeypatch.setattr(fit_subject, "load_batch", record_it)
     flags = ["--preset", "tiny", "--mode", "infer", "--batch", "2", "--framerate", "12.5"]
     assert throughput.main(flags) == 0
-    clip = str(throughput.CLIP)
+    clip = str(CLIP)
     assert read == [(clip, 1, 12.5), (clip, 2, 12.5)]  # for the gate, and to be timed
 
 
@@ -150,8 +158,7 @@ def test_flags_reach_the_run(tmp_path):
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--backend", "cudnn"], "invalid choice: 'cudnn'"),
         (["--recipe", "fp4"], "invalid choice: 'fp4'"),
-        (["--recipe", "fp8", "--mode", "train"], "--mode train needs --recipe bf16 and no --capt"),
-        (["--capture", "--mode", "train"], "--mode train needs --recipe bf16 and no --capture"),
+        (["--recipe", "fp8", "--mode", "train"], "--mode train needs --recipe bf16: what is quan"),
         (["--json", "no/such/folder/figures.json"], "a folder that exists and can be written to"),
         (["--json", "bench"], "it must be a file in a folder that exists"),
     ],
@@ -174,7 +181,7 @@ def test_bad_input_is_one_clear_line(arguments, message):
     ids=["gpu", "python", "allocator", "cublas"],
 )
 def test_running_out_of_memory_is_one_line_and_the_rest_goes_on(failure, monkeypatch, capsys):
-    whole = throughput.training_loss
+    whole = fit_subject.training_loss
 
     def loss(model, diffusion, video, cond, **options):
         if len(video) > 1:
@@ -182,11 +189,11 @@ def test_running_out_of_memory_is_one_line_and_the_rest_goes_on(failure, monkeyp
         return whole(model, diffusion, video, cond, **options)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput, "training_loss", loss)
+    monkeypatch.setattr(fit_subject, "training_loss", loss)
     assert throughput.main(["--preset", "tiny", "--batch", "2", "1"]) == 0
     out, err = capsys.readouterr()
     assert "model/tiny/train batch 2: no figure: out of memory" in err
-    assert len(re.findall(r"no figure *\|", out)) == 1
+    assert len(re.findall(r"no figure[^|]*\|", out)) == 1
     assert len(re.findall(r"\| model/tiny/(infer|train) .*\(.*-.*\)", out)) == 3
 
 
@@ -201,17 +208,17 @@ def test_gradients_of_a_case_that_ran_out_do_not_stay(monkeypatch, capsys):
         return lambda: None
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput, "training_loss", loss)
-    monkeypatch.setattr(throughput, "_inference", infer)
+    monkeypatch.setattr(fit_subject, "training_loss", loss)
+    monkeypatch.setattr(fit_subject, "inference", infer)
     throughput.main(["--preset", "tiny", "--batch", "2", "1"])
     assert capsys.readouterr().err.count("no figure: out of memory") == 2
 
 
 def test_a_model_too_large_for_a_cpus_memory_is_refused_before_it_is_built(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert 1e8 < throughput.available_bytes() < 1e14
-    monkeypatch.setattr(throughput, "available_bytes", lambda: 100_000)
-    monkeypatch.setattr(throughput, "build_model", lambda *_: pytest.fail("it was built"))
+    assert 1e8 < support.available_bytes() < 1e14
+    monkeypatch.setattr(fit_subject, "available_bytes", lambda: 100_000)
+    monkeypatch.setattr(fit_subject, "build_model", lambda *_: pytest.fail("it was built"))
     assert throughput.main(["--preset", "tiny", "--mode", "infer"]) == 1
     assert "no figure: out of memory" in capsys.readouterr().err
 
@@ -231,15 +238,15 @@ def test_figures_are_a_videos_share_of_a_batch(monkeypatch, tmp_path):
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_measured(monkeypatch, tmp_path):
-    whole = throughput.bench_preset
+    whole = throughput.bench_variant
 
-    def cut_off(config, *others):
-        if config is not TINY:
+    def cut_off(name, *others):
+        if name != "tiny":
             raise KeyboardInterrupt
-        return whole(config, *others)
+        return whole(name, *others)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput, "bench_preset", cut_off)
+    monkeypatch.setattr(throughput, "bench_variant", cut_off)
     monkeypatch.setattr(throughput, "measure", lambda *_, **__: Timing(12.0, 10.0, 14.0))
     monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: {"fp32_tflop_s": 0.5})
     target = tmp_path / "figures.json"
@@ -253,7 +260,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(monkeypatch, tmp_path):
 
 def test_no_speed_on_a_red_gate(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput, "judged", lambda *_: ("wrong", {"rms_vs_fp64": 1.0}))
+    monkeypatch.setattr(fit_subject, "judged", lambda *_: ("wrong", {"rms_vs_fp64": 1.0}))
     monkeypatch.setattr(throughput, "measure", lambda *_, **__: pytest.fail("it was timed"))
     monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: {"fp32_tflop_s": 1.0})
     assert throughput.main(["--preset", "tiny"]) == 1
@@ -261,9 +268,9 @@ def test_no_speed_on_a_red_gate(monkeypatch, capsys):
 
 
 def test_a_gradient_that_is_not_finite_is_a_red_gate(monkeypatch, capsys):
-    whole = throughput.training_loss
+    whole = fit_subject.training_loss
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput, "training_loss", lambda *a, **o: whole(*a, **o) * float("nan"))
+    monkeypatch.setattr(fit_subject, "training_loss", lambda *a, **o: whole(*a, **o) * float("nan"))
     assert throughput.main(["--preset", "tiny", "--mode", "train"]) == 1
     assert "a gradient is missing or not finite" in capsys.readouterr().err
 
@@ -283,7 +290,8 @@ def rows(monkeypatch, tmp_path):
 
     def run_here(*flags, code=0):
         target = tmp_path / "figures.json"
-        assert throughput.main(["--preset", "tiny", *flags, "--json", str(target)]) == code
+        given = flags if "--preset" in flags else ("--preset", "tiny", *flags)
+        assert throughput.main([*given, "--json", str(target)]) == code
         return json.loads(target.read_text())["rows"]
 
     return run_here
@@ -291,7 +299,7 @@ def rows(monkeypatch, tmp_path):
 
 def test_recipes_and_backends_are_rows_of_one_record(rows, monkeypatch, capsys):
     compiled = []
-    monkeypatch.setattr(FIT, "compile", lambda model, **how: compiled.append((model, how)))
+    monkeypatch.setattr(fit_subject, "compile_by_block", compiled.append)
     found = rows("--recipe", "bf16", "fp8", "--backend", "ours", "eager", "compile")
     assert [(row["case"], row["variant"]) for row in found] == [
         (f"model/tiny/{mode}", f"{backend}-{number}")
@@ -300,9 +308,8 @@ def test_recipes_and_backends_are_rows_of_one_record(rows, monkeypatch, capsys):
         for mode in modes
     ]
     assert {row["gate"] for row in found} == {"ok"}
-    assert [model.backend for model, _ in compiled] == ["eager", "eager"]
-    assert [how for _, how in compiled] == [{"dynamic": False}] * 2
-    assert isinstance(compiled[1][0].self_conditioning.ff, Fp8FeedForward)
+    assert [model.backend for model in compiled] == ["eager", "eager"]
+    assert isinstance(compiled[1].self_conditioning.ff, Fp8FeedForward)
     told = capsys.readouterr()
     assert "tiny: ours-fp8 has no row of training: it is quantised, for inference" in told.err
     assert re.search(r"\| model/tiny/infer +\| ours-fp8 ", told.out)
@@ -310,7 +317,7 @@ def test_recipes_and_backends_are_rows_of_one_record(rows, monkeypatch, capsys):
 
 def test_the_floor_of_fp8_is_each_product_at_its_own_rate(rows):
     (row,) = rows("--recipe", "fp8")
-    quantised = quantised_tflop(TINY, throughput.RECIPES["fp8"])
+    quantised = quantised_tflop(TINY, RECIPES["fp8"])
     assert 0 < quantised < least_tflop(TINY)
     floor = 1e3 * (quantised / 1.0 + (least_tflop(TINY) - quantised) / 0.5)
     assert row["floor"] == pytest.approx(floor, rel=1e-4)
@@ -321,11 +328,11 @@ def test_an_fp8_model_is_held_to_plain_fp8_and_to_the_weights_it_was_made_of(row
     error = row["error"]
     assert error["rms_eager"] == error["rms_vs_fp64"]  # a CPU runs the same calls
     assert 1e-2 < error["rms_vs_fp64"] < 0.1  # the weights' own rounding is in it
-    monkeypatch.setattr(throughput, "plain_error", lambda *_: error["rms_vs_fp64"] / 1.05)
+    monkeypatch.setattr(fit_subject, "plain_error", lambda *_: error["rms_vs_fp64"] / 1.05)
     (row,) = rows("--recipe", "fp8", code=1)
     assert row["gate"].startswith("relative rms error") and "value" not in row
-    monkeypatch.setattr(throughput, "plain_error", lambda *_: float("inf"))
-    monkeypatch.setattr(throughput, "QUANTISED_LIMIT", error["rms_vs_fp64"] / 2)
+    monkeypatch.setattr(fit_subject, "plain_error", lambda *_: float("inf"))
+    monkeypatch.setattr(fit_subject, "QUANTISED_LIMIT", error["rms_vs_fp64"] / 2)
     (row,) = rows("--recipe", "fp8", code=1)
     assert "value" not in row
 
@@ -346,34 +353,132 @@ def test_a_captured_model_is_gated_and_timed_and_says_so(monkeypatch):
 
     monkeypatch.setattr(capture, "recorded", recorded)
     cpu = torch.device("cpu")
-    options = throughput.Options(
+    options = Options(
         device=cpu,
         dtype=torch.float32,
-        backend="ours",
-        recipe=throughput.RECIPES["bf16"],
         capture=True,
-        modes=("infer", "train"),
-        clip=throughput.CLIP,
+        clip=CLIP,
         framerate=24.0,
         repeats=1,
         ceilings={"fp32_tflop_s": 0.5},
         load=Load(cpu),
     )
-    (row,) = throughput.bench_preset(TINY, [2], options)
+    found = throughput.bench_variant("tiny", Variant("ours"), [2], ("infer", "train"), options)
+    infer, train = found
     assert captured == [1, 2]  # for the gate, and to be timed
-    assert row["gate"] == "ok" and row["case"] == "model/tiny/infer"
-    assert row["includes"].endswith(throughput.CAPTURED)
-
-
-def test_without_a_gpu_nothing_is_captured():
-    done = run("--capture")
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.splitlines()[-1].startswith("error: --capture makes a CUDA graph")
+    assert infer["gate"] == train["gate"] == "ok"
+    assert CAPTURED in infer["includes"] and CAPTURED not in train["includes"]
 
 
 def test_a_quantised_model_has_no_layer_left_as_it_was(rows, monkeypatch):
     seen = []
-    real = throughput._inference
-    monkeypatch.setattr(throughput, "_inference", lambda m, *a: seen.append(m) or real(m, *a))
+    real = fit_subject.inference
+    monkeypatch.setattr(fit_subject, "inference", lambda m, *a: seen.append(m) or real(m, *a))
     rows("--recipe", "fp8")
     assert not any(type(m) in (FeedForward, LatentAttention) for m in seen[0].modules())
+
+
+def test_a_unet_has_a_row_of_each_mode_and_eager_stands_for_ours(rows):
+    found = rows("--preset", "unet-tiny", "--backend", "ours", "reference")
+    cases = [(row["case"], row["variant"], row["gate"]) for row in found]
+    modes = ("infer", "train")
+    assert cases == [(f"model/unet-tiny/{mode}", "eager-fp32", "ok") for mode in modes]
+    infer, train = found
+    assert train["floor"] == pytest.approx(3 * infer["floor"], rel=1e-3)
+    assert infer["includes"].endswith(("; contiguous", "; channels last"))
+
+
+def test_the_unets_format_is_the_faster_one(rows, monkeypatch):
+    times = iter([Timing(2.0, 2.0, 2.0), Timing(1.0, 1.0, 1.0)])
+    monkeypatch.setattr(unet_subject, "measure", lambda *_, **__: next(times))
+    seen = []
+    whole = UNetSubject.inference
+    monkeypatch.setattr(
+        UNetSubject, "inference", lambda self, batch: seen.append(self) or whole(self, batch)
+    )
+    (row,) = rows("--preset", "unet-tiny", "--backend", "eager", "--mode", "infer")
+    assert row["includes"].endswith("; channels last")
+    weights = [one for one in seen[0].module.parameters() if one.dim() == 4 and one.shape[-1] > 1]
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in weights)
+
+
+def test_a_wrong_unet_has_no_figure(rows, monkeypatch):
+    monkeypatch.setattr(unet_subject, "unet_reference", lambda model: lambda x, *_: x + 1)
+    found = rows("--preset", "unet-tiny", "--backend", "eager", code=1)
+    assert all(row["gate"].startswith("relative rms error") for row in found)
+
+
+def test_an_absent_peer_is_a_row_with_its_reason_and_not_a_red_gate_of_ours(rows):
+    found = rows("--recipe", "fp8", "--backend", "ours", "te", "--mode", "infer")
+    ours, peer = found
+    assert ours["gate"] == "ok" and "peer" not in ours
+    assert peer["variant"] == "te-fp8" and peer["peer"] is True and "value" not in peer
+    assert peer["gate"].startswith("NotImplementedError: Transformer Engine is absent")
+
+
+def test_a_peer_that_fails_while_it_is_timed_does_not_lose_the_other_rows(rows, monkeypatch):
+    monkeypatch.setattr(fit_subject, "require_peer", lambda name: None)
+    monkeypatch.setattr(fit_subject, "by_peer", lambda *_, **__: None)
+
+    def fails(model, data):
+        raise RuntimeError("no kernel\nfor it")
+
+    monkeypatch.setattr(fit_subject, "training_step", fails)
+    found = rows("--backend", "xformers")
+    assert [row["gate"] for row in found] == ["ok", "RuntimeError: no kernel"]
+    assert "value" not in found[1]
+
+
+def test_a_row_of_a_gpu_that_was_slowed_down_has_no_figure(rows, monkeypatch):
+    def watched(self):
+        window = load.Window()
+        window.slowdowns.add("hardware slowdown")
+        return contextlib.nullcontext(window)
+
+    monkeypatch.setattr(Load, "watched", watched)
+    found = rows(code=1)
+    assert {row["gate"] for row in found} == {"the GPU was slowed down: hardware slowdown"}
+    assert all("value" not in row for row in found)
+
+
+def test_the_clock_under_a_fixed_load_and_the_rows_own_are_in_the_row(rows, monkeypatch):
+    def watched(self):
+        window = load.Window()
+        window.samples += [{"sm_clock_mhz": clock, "power_w": 600.0} for clock in (1500, 1510, 99)]
+        return contextlib.nullcontext(window)
+
+    monkeypatch.setattr(Load, "watched", watched)
+    monkeypatch.setattr(Load, "probe", lambda self: 755.0)
+    row, _ = rows()
+    assert (row["probe_tflop_s"], row["sm_clock_mhz"], row["power_w"]) == (755.0, 1500, 600.0)
+
+
+def test_a_shared_gpu_is_refused_before_anything_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Load, "shared", lambda self: "the GPU is shared: others hold 9.0 GiB of it")
+    monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: pytest.fail("it was measured"))
+    assert throughput.main(["--preset", "tiny"]) == 2
+    assert "error: the GPU is shared: others hold 9.0 GiB" in capsys.readouterr().err
+
+
+def test_a_peer_has_one_recipe_whatever_is_asked_for():
+    args = throughput._parse(
+        ["--recipe", "bf16", "fp8", "--backend", "ours", "torchao", "xformers"]
+    )
+    variants = throughput.variants_of("3.9b", args, on_gpu=True)
+    names = [variant.name(torch.bfloat16) for variant in variants]
+    assert names == ["ours-bf16", "torchao-fp8", "xformers-bf16", "ours-fp8"]
+
+
+def test_by_default_a_gpu_runs_all_of_table_2_beside_every_peer():
+    args = throughput._parse([])
+    for name in ("500m", "3.9b", "3.9b-up"):
+        variants = throughput.variants_of(name, args, on_gpu=True)
+        names = {variant.name(torch.bfloat16) for variant in variants}
+        assert {"ours-bf16", "ours-fp8", "eager-bf16", "compile-bf16", "compile-fp8"} <= names
+        assert {"torchao-fp8", "flash-attn-bf16", "xformers-bf16", "te-fp8"} <= names
+    variants = throughput.variants_of("unet-284m", args, on_gpu=True)
+    assert [variant.name(torch.bfloat16) for variant in variants] == ["eager-bf16", "compile-bf16"]
+    assert set(throughput.GPU_BATCHES) == {"unet-85m", "unet-284m", "500m", "3.9b", "3.9b-up"}
+    by_batch = [throughput.batches_of(Variant(one), [16, 64]) for one in ("ours", "compile")]
+    assert by_batch == [[16, 64], [64]]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from throughput import CLIP
+from support import CLIP
 from workload import build_model, load_batch
 
 from snapkernels import quantise

@@ -6,7 +6,7 @@ import curves
 import pytest
 import torch
 from gate import gate
-from throughput import CLIP
+from support import CLIP
 from workload import build_model, load_batch
 
 from snapvideo_core import FIT, PRESETS, Conditioning, SnapDiffusion, read_clip, training_loss

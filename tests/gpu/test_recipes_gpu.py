@@ -11,7 +11,7 @@ from gate import (
     judged,
     plain_error,
 )
-from throughput import CLIP
+from support import CLIP
 from workload import build_model, load_batch
 
 from snapkernels import quantise

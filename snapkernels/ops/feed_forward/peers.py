@@ -91,7 +91,8 @@ def quantised(matrix: torch.Tensor) -> torch.Tensor:
     return layer.weight
 
 
-def _transformer_engine(*_: Any) -> NoReturn:
+def transformer_engine(*_: Any) -> NoReturn:
+    """Say why it is absent."""
     raise NotImplementedError(
         "Transformer Engine is absent: its part for PyTorch has no wheel, and would have to be "
         "compiled against the PyTorch and CUDA that are installed"
@@ -99,7 +100,7 @@ def _transformer_engine(*_: Any) -> NoReturn:
 
 
 def _peers(torchao: Layer) -> dict[str, Layer]:
-    return {"torchao": torchao, "transformer-engine": _transformer_engine}
+    return {"torchao": torchao, "transformer-engine": transformer_engine}
 
 
 LINEAR_FP8 = _peers(_torchao_linear)

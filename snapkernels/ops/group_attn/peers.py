@@ -35,9 +35,15 @@ def compiled_flex() -> Layer:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _flash_attn(
+def by_flash_attn(
     q_BHQE: torch.Tensor, k_BHKE: torch.Tensor, v_BHKE: torch.Tensor, *, attn_mask: None
 ) -> torch.Tensor:
+    """flash-attn-4 in the place of SDPA.
+
+    Raises:
+        ImportError: it is not installed.
+        NotImplementedError: there is a mask.
+    """
     _refuse_mask("flash-attn-4", attn_mask)
     try:
         from flash_attn.cute import flash_attn_func
@@ -59,7 +65,7 @@ def _peers(layer: Layer) -> dict[str, Layer]:
         "sdpa-cudnn": partial(_forced, SDPBackend.CUDNN_ATTENTION, layer),
         "sdpa-efficient": partial(_forced, SDPBackend.EFFICIENT_ATTENTION, layer),
         "flex": partial(layer, attention=_flex),
-        "flash-attn": partial(layer, attention=_flash_attn),
+        "flash-attn": partial(layer, attention=by_flash_attn),
     }
 
 
