@@ -136,8 +136,8 @@ def measured_row(subject: FITSubject, batch: int, options: Options) -> dict[str,
     whole, parts = (in_graphs if options.capture else in_calls)(model, evaluate)
     with options.load.watched() as window:
         found = timed(whole, parts, options.device, rounds=options.repeats)
-    if window.slowdowns:
-        return {"gate": f"the GPU was slowed down: {', '.join(sorted(window.slowdowns))}"}
+    if window.refusal:
+        return {"gate": window.refusal}
     floor = subject.floor_ms("infer")
     value, p20, p80 = (significant(ms / batch) for ms in found.whole)
     fields = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}

@@ -67,6 +67,9 @@ def table2(record: Record) -> "Figure":
         for axis, model in zip(line, models, strict=True):
             case = f"model/{model}/{mode}"
             rows = [row for one in variants if (row := best(record, case, {one}))]
+            if not rows:
+                axis.set_axis_off()
+                continue
             _bars_of_case(axis, rows, PAPER_A100.get(case))
             axis.set_title(f"{model}, {MODES[mode]}", fontsize=10)
         line[0].set_ylabel("ms/video")
@@ -256,9 +259,6 @@ def _shades(count: int) -> list[Any]:
 
 def _bars_of_case(axis: "Axes", rows: list[Row], paper: float | None) -> None:
     """Bars of one model and mode, with their values above."""
-    if not rows:
-        axis.remove()
-        return
     heights = [row["value"] for row in rows]
     top = 1.3 * max(heights)
     for place, row in enumerate(rows):

@@ -330,8 +330,8 @@ def timed(
     repeats = max(LEAST_REPEATS, min(REPEATS[mode], int(BUDGET_MS / floor)))
     with run.load.watched() as window:
         value, p20, p80 = map(significant, measure(call, run.device, repeats=repeats, warmup=0))
-    if window.slowdowns:
-        return {"gate": f"the GPU was slowed down: {', '.join(sorted(window.slowdowns))}"}
+    if window.refusal:
+        return {"gate": window.refusal}
     fields: dict[str, Any] = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
     fields["pct_of_floor"] = round(100 * floor / value, 1)
     fields["tflop"] = significant(graph_tflop(model.config) * batch * FORWARDS[mode])

@@ -22,7 +22,7 @@ from snapkernels.spec import Backend, Case
 from snapkernels.testing.bench import Variant, included, interleaved, reason_of, sets_needed
 from snapkernels.testing.cases import call, make_values, prepare
 from snapkernels.testing.cost import compulsory_bytes, floor_ms, flops
-from snapkernels.testing.load import Load
+from snapkernels.testing.load import Load, without_figure
 from snapkernels.testing.proofs import judge
 from snapkernels.testing.record import file_path, new_record, record_path, write
 
@@ -48,24 +48,29 @@ UPSAMPLER = Widths(latent_dim=3072, patch_dim=1024, num_heads=16, group=4608, la
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the bench; 0, or 1 when a gate was red for another reason than memory."""
+    """Run the bench; 0, or 1 when a gate was red but for memory, or 2 on a shared GPU."""
     args = _parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokens = [one for one in TOKENS if device.type == "cuda" or one <= CPU_MOST_TOKENS]
     if device.type == "cpu":
         print(f"No NVIDIA GPU here: CPU figures, to {CPU_MOST_TOKENS} tokens.", flush=True)
+    load = Load(device)
+    if shared := load.shared():
+        print(f"error: {shared}: no figure would be of this program alone", file=sys.stderr)
+        return 2
     say("measuring the ceilings of this machine")
     ceilings = measure_ceilings(device, dtype)
-    load = Load(device)
-    rows = []
-    with load.watched():
-        for op in map(OPS.__getitem__, LAYERS):
-            for count in tokens:
-                say(f"{op.spec.name}: {count} tokens")
+    rows: list[dict[str, Any]] = []
+    for op in map(OPS.__getitem__, LAYERS):
+        for count in tokens:
+            say(f"{op.spec.name}: {count} tokens")
+            with load.watched() as window:
                 found = bench_tokens(op, count, UPSAMPLER, device, dtype, ceilings)
-                rows += found
-                print("\n".join(map(line, found)), flush=True)
+            if window.refusal:
+                found = [without_figure(row, window.refusal) for row in found]
+            rows += found
+            print("\n".join(map(line, found)), flush=True)
     record = new_record("python bench/scaling.py", device, load.fields(), ceilings, rows)
     record["exponents"] = exponents(rows)
     for series, exponent in record["exponents"].items():

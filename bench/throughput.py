@@ -6,6 +6,7 @@ python bench/throughput.py --recipe bf16 fp8 --backend ours eager compile
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,6 +41,7 @@ from snapkernels.testing.record import (
     command_so_far,
     new_record,
     newest,
+    problems,
     record_path,
     write,
 )
@@ -89,6 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
     if shared := load.shared():
         print(f"error: {shared}: no figure would be of this program alone", file=sys.stderr)
         return 2
+    try:
+        rows = resumed(args.json, device) if args.resume else []
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if not on_gpu:
         figures = "the figures below are CPU figures"
         print(f"No NVIDIA GPU here: {figures} ({', '.join(presets)}).", flush=True)
@@ -115,10 +122,13 @@ def main(arguments: list[str] | None = None) -> int:
         for name in presets
         for variant in variants_of(name, args, on_gpu)
     ]
-    rows: list[dict[str, Any]] = []
     for number, (name, variant, batches) in enumerate(runs, 1):
         modes = MODES if args.mode == "both" else (args.mode,)
-        rows += bench_variant(name, variant, batches, modes, options)
+        title = variant.name(dtype)
+        if any((row["case"].split("/")[1], row["variant"]) == (name, title) for row in rows):
+            say(f"{name}: {title} is in {args.json} already")
+        else:
+            rows += bench_variant(name, variant, batches, modes, options)
         so_far = command_so_far(command, done=number == len(runs))
         record = new_record(so_far, device, load.fields(), ceilings, rows)
         if args.json:  # each time: a run that is cut off leaves what it has
@@ -147,6 +157,30 @@ def variants_of(name: str, args: argparse.Namespace, on_gpu: bool) -> list[Varia
         plain = [(recipe, backend) for recipe, backend in pairs if backend in BACKENDS]
         pairs = [pair for pair in plain if not RECIPES[pair[0]].layers] or [("bf16", "eager")]
     return [Variant(backend, RECIPES[recipe]) for recipe, backend in pairs]
+
+
+def resumed(path: Path, device: torch.device) -> list[dict[str, Any]]:
+    """The rows of the record at `path`, none where there is none yet.
+
+    Raises:
+        ValueError: it is no record, or of another commit, device or version than this run.
+    """
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text())
+        wrong = problems(found)
+    except (ValueError, AttributeError, TypeError):
+        wrong = ["it is no record"]
+    if wrong:
+        raise ValueError(f"--resume {path}: {'; '.join(wrong)}")
+    now = new_record("", device, {}, {}, [])
+    for field in ("commit", "dirty", "versions"):
+        if found[field] != now[field]:
+            raise ValueError(f"--resume {path}: its {field} is {found[field]}, here {now[field]}")
+    if found["device"]["name"] != now["device"]["name"]:
+        raise ValueError(f"--resume {path}: it is of a {found['device']['name']}")
+    return found["rows"]
 
 
 def batches_of(variant: Variant, defaults: list[int]) -> list[int]:
@@ -259,8 +293,8 @@ def time_case(subject: Subject, batch: int, mode: str, options: Options) -> dict
             warmup=1,
             progress=lambda done: say(f"{case}: repetition {done} of {options.repeats}"),
         )
-    if window.slowdowns:
-        return {"gate": f"the GPU was slowed down: {', '.join(sorted(window.slowdowns))}"}
+    if window.refusal:
+        return {"gate": window.refusal}
     floor = subject.floor_ms(mode)
     value, p20, p80 = (significant(ms / batch) for ms in timing)
     measured = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
@@ -334,8 +368,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=positive_int, help="default: 10 on a GPU, else 3")
     parser.add_argument("--json", type=record_path, metavar="FILE", help="write the record here")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the record of --json, of a run that was cut off: what it has of a variant "
+        "is not measured again",
+    )
     args = parser.parse_args(arguments)
     quantised = args.recipe and all(RECIPES[recipe].layers for recipe in args.recipe)
+    if args.resume and not args.json:
+        parser.error("--resume needs --json: the record to go on with")
     if args.mode == "train" and quantised and not set(args.backend or ["ours"]) & set(PEERS):
         parser.error("--mode train needs --recipe bf16: what is quantised has no gradients")
     return args
@@ -354,6 +396,7 @@ def _reproducible(args: argparse.Namespace) -> dict[str, Any]:
         "clip": args.clip.name if args.clip != CLIP else None,
         "framerate": args.framerate if args.framerate != 24 else None,
         "repeats": args.repeats,
+        "resume": args.resume,
     }
     return {name: value for name, value in flags.items() if value}
 

@@ -130,6 +130,13 @@ class Window:
         """{field: its median}."""
         return _medians(self.samples)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no figure of what was timed; None where nothing slowed the GPU down."""
+        if not self.slowdowns:
+            return None
+        return f"the GPU was slowed down: {', '.join(sorted(self.slowdowns))}"
+
 
 def _medians(samples: list[dict[str, float]]) -> dict[str, float]:
     return {

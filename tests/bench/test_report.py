@@ -287,6 +287,19 @@ def test_bars_are_of_the_fastest_batch_beside_the_papers(records):
     )
 
 
+def test_a_model_of_which_one_mode_has_no_figure_leaves_its_place_empty(records):
+    rows = records["throughput"]["rows"]
+    case = "model/unet-85m/infer"
+    rows += [
+        row(case, "eager-bf16", 16, 5.0),
+        red("out of memory", case[:-5] + "train", "eager", 16),
+    ]
+    drawn = figures.table2(records["throughput"])
+    shown = {axis.get_title(): axis.axison for axis in drawn.axes}
+    assert shown["unet-85m, inference"] and not shown[""] and "unet-85m, training" not in shown
+    assert figures.png(figures.table2, records["throughput"]).startswith(b"\x89PNG")
+
+
 # How an image looks to the browser: the variance of its pixels' red.
 SPREAD = """
 const [image, done] = arguments;

@@ -48,6 +48,14 @@ def test_tokens_lie_in_equal_groups_no_larger_than_the_upsamplers(tokens, groups
     assert len({scaling.case_of(OPS["group_read"], t, SMALL).name for t in scaling.TOKENS}) == 11
 
 
+def test_a_shared_gpu_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(scaling.Load, "shared", lambda _: "the GPU is shared")
+    monkeypatch.setattr(scaling, "measure_ceilings", lambda *_: pytest.fail("it was measured"))
+    assert scaling.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: the GPU is shared")
+
+
 def test_a_row_is_gated_timed_and_named(monkeypatch):
     (row,) = rows_of("group_write", 1200)  # here eager is chosen
     assert row["case"] == "layer/group_write/tokens-1k/fwd" and row["variant"] == "eager-fp32"

@@ -1,6 +1,5 @@
 """The throughput bench as a user runs it: figures, records, one line for what is wrong."""
 
-import contextlib
 import json
 import re
 import subprocess
@@ -11,16 +10,14 @@ import pytest
 import support
 import throughput
 import torch
-import unet_subject
 from fit_subject import inference
 from subject import CAPTURED, Options, Variant
 from support import CLIP
-from unet_subject import UNetSubject
 from video_files import quadrants, write_image
 from workload import load_batch
 
 from snapkernels import RECIPES, FeedForward, Fp8FeedForward, LatentAttention
-from snapkernels.testing import load, record
+from snapkernels.testing import record
 from snapkernels.testing.load import Load
 from snapkernels.testing.timing import Timing
 from snapvideo_core import FIT, capture, read_clip
@@ -161,6 +158,7 @@ def test_flags_reach_the_run(tmp_path):
         (["--recipe", "fp8", "--mode", "train"], "--mode train needs --recipe bf16: what is quan"),
         (["--json", "no/such/folder/figures.json"], "a folder that exists and can be written to"),
         (["--json", "bench"], "it must be a file in a folder that exists"),
+        (["--resume"], "--resume needs --json: the record to go on with"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message):
@@ -258,6 +256,37 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(monkeypatch, tmp_path):
     assert {row["case"] for row in written["rows"]} == {"model/tiny/infer", "model/tiny/train"}
 
 
+def test_a_run_that_was_cut_off_goes_on_with_what_it_has(rows, tmp_path, capsys):
+    target = tmp_path / "figures.json"
+    rows("--mode", "infer")
+    first = json.loads(target.read_text())["rows"]
+    found = rows("--mode", "infer", "--backend", "ours", "eager", "--resume")
+    assert found[:1] == first and [row["variant"] for row in found] == ["ours-fp32", "eager-fp32"]
+    assert f"tiny: ours-fp32 is in {target} already" in capsys.readouterr().err
+    assert json.loads(target.read_text())["command"].endswith("--resume")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"commit": "0" * 40}, "its commit is 0000000"),
+        ({"versions": {"torch": "1"}}, "its versions is {'torch': '1'}"),
+        ({"device": {"name": "NVIDIA H100"}}, "it is of a NVIDIA H100"),
+        ({"schema": 2}, "schema is 2, not 1"),
+        (None, "it is no record"),
+    ],
+)
+def test_a_run_does_not_go_on_with_a_record_of_another(rows, tmp_path, capsys, change, message):
+    target = tmp_path / "figures.json"
+    rows("--mode", "infer")
+    written = json.loads(target.read_text()) | (change or {})
+    before = json.dumps(written) if change else "[]"
+    target.write_text(before)
+    assert throughput.main(["--preset", "tiny", "--json", str(target), "--resume"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert target.read_text() == before
+
+
 def test_no_speed_on_a_red_gate(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(fit_subject, "judged", lambda *_: ("wrong", {"rms_vs_fp64": 1.0}))
@@ -278,23 +307,6 @@ def test_a_gradient_that_is_not_finite_is_a_red_gate(monkeypatch, capsys):
 def test_training_alone_is_of_what_can_be_trained(rows):
     found = rows("--recipe", "fp8", "bf16", "--mode", "train")
     assert [(row["case"], row["variant"]) for row in found] == [("model/tiny/train", "ours-fp32")]
-
-
-@pytest.fixture
-def rows(monkeypatch, tmp_path):
-    """A function of flags: the rows of the record of a run in this process, timed as 6 ms."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(throughput, "measure", lambda *_, **__: Timing(6.0, 6.0, 6.0))
-    ceilings = {"fp32_tflop_s": 0.5, "bf16_tflop_s": 0.5, "fp8_tflop_s": 1.0}
-    monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: ceilings)
-
-    def run_here(*flags, code=0):
-        target = tmp_path / "figures.json"
-        given = flags if "--preset" in flags else ("--preset", "tiny", *flags)
-        assert throughput.main([*given, "--json", str(target)]) == code
-        return json.loads(target.read_text())["rows"]
-
-    return run_here
 
 
 def test_recipes_and_backends_are_rows_of_one_record(rows, monkeypatch, capsys):
@@ -376,109 +388,3 @@ def test_a_quantised_model_has_no_layer_left_as_it_was(rows, monkeypatch):
     monkeypatch.setattr(fit_subject, "inference", lambda m, *a: seen.append(m) or real(m, *a))
     rows("--recipe", "fp8")
     assert not any(type(m) in (FeedForward, LatentAttention) for m in seen[0].modules())
-
-
-def test_a_unet_has_a_row_of_each_mode_and_eager_stands_for_ours(rows):
-    found = rows("--preset", "unet-tiny", "--backend", "ours", "reference")
-    cases = [(row["case"], row["variant"], row["gate"]) for row in found]
-    modes = ("infer", "train")
-    assert cases == [(f"model/unet-tiny/{mode}", "eager-fp32", "ok") for mode in modes]
-    infer, train = found
-    assert train["floor"] == pytest.approx(3 * infer["floor"], rel=1e-3)
-    assert infer["includes"].endswith(("; contiguous", "; channels last"))
-
-
-def test_the_unets_format_is_the_faster_one(rows, monkeypatch):
-    times = iter([Timing(2.0, 2.0, 2.0), Timing(1.0, 1.0, 1.0)])
-    monkeypatch.setattr(unet_subject, "measure", lambda *_, **__: next(times))
-    seen = []
-    whole = UNetSubject.inference
-    monkeypatch.setattr(
-        UNetSubject, "inference", lambda self, batch: seen.append(self) or whole(self, batch)
-    )
-    (row,) = rows("--preset", "unet-tiny", "--backend", "eager", "--mode", "infer")
-    assert row["includes"].endswith("; channels last")
-    weights = [one for one in seen[0].module.parameters() if one.dim() == 4 and one.shape[-1] > 1]
-    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in weights)
-
-
-def test_a_wrong_unet_has_no_figure(rows, monkeypatch):
-    monkeypatch.setattr(unet_subject, "unet_reference", lambda model: lambda x, *_: x + 1)
-    found = rows("--preset", "unet-tiny", "--backend", "eager", code=1)
-    assert all(row["gate"].startswith("relative rms error") for row in found)
-
-
-def test_an_absent_peer_is_a_row_with_its_reason_and_not_a_red_gate_of_ours(rows):
-    found = rows("--recipe", "fp8", "--backend", "ours", "te", "--mode", "infer")
-    ours, peer = found
-    assert ours["gate"] == "ok" and "peer" not in ours
-    assert peer["variant"] == "te-fp8" and peer["peer"] is True and "value" not in peer
-    assert peer["gate"].startswith("NotImplementedError: Transformer Engine is absent")
-
-
-def test_a_peer_that_fails_while_it_is_timed_does_not_lose_the_other_rows(rows, monkeypatch):
-    monkeypatch.setattr(fit_subject, "require_peer", lambda name: None)
-    monkeypatch.setattr(fit_subject, "by_peer", lambda *_, **__: None)
-
-    def fails(model, data):
-        raise RuntimeError("no kernel\nfor it")
-
-    monkeypatch.setattr(fit_subject, "training_step", fails)
-    found = rows("--backend", "xformers")
-    assert [row["gate"] for row in found] == ["ok", "RuntimeError: no kernel"]
-    assert "value" not in found[1]
-
-
-def test_a_row_of_a_gpu_that_was_slowed_down_has_no_figure(rows, monkeypatch):
-    def watched(self):
-        window = load.Window()
-        window.slowdowns.add("hardware slowdown")
-        return contextlib.nullcontext(window)
-
-    monkeypatch.setattr(Load, "watched", watched)
-    found = rows(code=1)
-    assert {row["gate"] for row in found} == {"the GPU was slowed down: hardware slowdown"}
-    assert all("value" not in row for row in found)
-
-
-def test_the_clock_under_a_fixed_load_and_the_rows_own_are_in_the_row(rows, monkeypatch):
-    def watched(self):
-        window = load.Window()
-        window.samples += [{"sm_clock_mhz": clock, "power_w": 600.0} for clock in (1500, 1510, 99)]
-        return contextlib.nullcontext(window)
-
-    monkeypatch.setattr(Load, "watched", watched)
-    monkeypatch.setattr(Load, "probe", lambda self: 755.0)
-    row, _ = rows()
-    assert (row["probe_tflop_s"], row["sm_clock_mhz"], row["power_w"]) == (755.0, 1500, 600.0)
-
-
-def test_a_shared_gpu_is_refused_before_anything_is_timed(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(Load, "shared", lambda self: "the GPU is shared: others hold 9.0 GiB of it")
-    monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: pytest.fail("it was measured"))
-    assert throughput.main(["--preset", "tiny"]) == 2
-    assert "error: the GPU is shared: others hold 9.0 GiB" in capsys.readouterr().err
-
-
-def test_a_peer_has_one_recipe_whatever_is_asked_for():
-    args = throughput._parse(
-        ["--recipe", "bf16", "fp8", "--backend", "ours", "torchao", "xformers"]
-    )
-    variants = throughput.variants_of("3.9b", args, on_gpu=True)
-    names = [variant.name(torch.bfloat16) for variant in variants]
-    assert names == ["ours-bf16", "torchao-fp8", "xformers-bf16", "ours-fp8"]
-
-
-def test_by_default_a_gpu_runs_all_of_table_2_beside_every_peer():
-    args = throughput._parse([])
-    for name in ("500m", "3.9b", "3.9b-up"):
-        variants = throughput.variants_of(name, args, on_gpu=True)
-        names = {variant.name(torch.bfloat16) for variant in variants}
-        assert {"ours-bf16", "ours-fp8", "eager-bf16", "compile-bf16", "compile-fp8"} <= names
-        assert {"torchao-fp8", "flash-attn-bf16", "xformers-bf16", "te-fp8"} <= names
-    variants = throughput.variants_of("unet-284m", args, on_gpu=True)
-    assert [variant.name(torch.bfloat16) for variant in variants] == ["eager-bf16", "compile-bf16"]
-    assert set(throughput.GPU_BATCHES) == {"unet-85m", "unet-284m", "500m", "3.9b", "3.9b-up"}
-    by_batch = [throughput.batches_of(Variant(one), [16, 64]) for one in ("ours", "compile")]
-    assert by_batch == [[16, 64], [64]]

@@ -17,6 +17,7 @@ DOCS = [path for path in FILES if path.suffix == ".md"]
 # What the docs set in code style that is not ours.
 OTHERS = {"pip install .", "snapkernels[video]", "pre-commit install", "--help", "own", ".*"}
 OTHERS |= {"pip install --no-build-isolation .", "custom_op", "family", "snapkernels[checkpoints]"}
+OTHERS |= {"snapkernels[peers]", "pytest bench --benchmark-only"}
 # What stands for a placeholder.
 EXAMPLES = {"<family>": "patch", "<backend>": "cuda", "<name>": "patchify"}
 

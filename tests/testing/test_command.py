@@ -1,5 +1,6 @@
 """python -m snapkernels: list, explain, check, bench."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import torch
 
 from snapkernels import __main__ as command
 from snapkernels import env
-from snapkernels.testing import record, stamp
+from snapkernels.testing import load, record, stamp
 from snapkernels.testing.proofs import Proof
 
 
@@ -103,6 +104,26 @@ def test_bench_writes_a_record(tmp_path, capsys, monkeypatch):
     assert call["unit"] == "us" and call["host_us"]["call"] > call["host_us"]["backend"]
     assert "% of a copy" in capsys.readouterr().out
     assert command.main(["bench", "--case", "no such case"]) == 2
+
+
+def test_bench_has_no_figure_of_a_gpu_that_is_shared_or_was_slowed_down(monkeypatch, capsys):
+    arguments = ["bench", "--case", "op/patchify/tail", "--rounds", "1"]
+    ceilings = {"copy_tb_s": 0.01, "bf16_tflop_s": 0.1}
+    monkeypatch.setattr(command.roofline, "measure_ceilings", lambda _: ceilings)
+    with monkeypatch.context() as shared:
+        shared.setattr(command.Load, "shared", lambda _: "the GPU is shared: it is 97 % busy")
+        assert command.main(arguments) == 2
+        assert "error: the GPU is shared: it is 97 % busy" in capsys.readouterr().err
+    monkeypatch.setattr(command.Load, "watched", lambda _: contextlib.nullcontext(slowed()))
+    assert command.main(arguments) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told and all("no figure: the GPU was slowed down: hardware" in line for line in told)
+
+
+def slowed():
+    window = load.Window()
+    window.slowdowns.add("hardware slowdown")
+    return window
 
 
 def test_a_bench_that_is_cut_off_leaves_what_it_measured(tmp_path, monkeypatch):

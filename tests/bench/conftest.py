@@ -1,0 +1,26 @@
+"""What the tests of the benches share."""
+
+import json
+
+import pytest
+import throughput
+import torch
+
+from snapkernels.testing.timing import Timing
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """A function of flags: the rows of the record of a run in this process, timed as 6 ms."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: Timing(6.0, 6.0, 6.0))
+    ceilings = {"fp32_tflop_s": 0.5, "bf16_tflop_s": 0.5, "fp8_tflop_s": 1.0}
+    monkeypatch.setattr(throughput, "measure_ceilings", lambda *_: ceilings)
+
+    def run_here(*flags, code=0):
+        target = tmp_path / "figures.json"
+        given = flags if "--preset" in flags else ("--preset", "tiny", *flags)
+        assert throughput.main([*given, "--json", str(target)]) == code
+        return json.loads(target.read_text())["rows"]
+
+    return run_here
