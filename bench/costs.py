@@ -23,6 +23,7 @@ from subject import Options, Variant
 from support import (
     CLIP,
     OUT_OF_MEMORY,
+    figures,
     positive_int,
     reported_out_of_memory,
     say,
@@ -138,10 +139,7 @@ def measured_row(subject: FITSubject, batch: int, options: Options) -> dict[str,
         found = timed(whole, parts, options.device, rounds=options.repeats)
     if window.refusal:
         return {"gate": window.refusal}
-    floor = subject.floor_ms("infer")
-    value, p20, p80 = (significant(ms / batch) for ms in found.whole)
-    fields = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
-    fields["pct_of_floor"] = round(100 * floor / value, 1)
+    fields = figures(found.whole, subject.floor_ms("infer"), batch)
     return fields | explained(ops, found, rates, batch)
 
 

@@ -153,7 +153,7 @@ def roofline(record: Record) -> "Figure":
 def scaling(record: Record) -> "Figure":
     """Time and peak memory of whole models against tokens, batch and latents, on log axes.
 
-    Where a variant ran out of memory, or has no figure for another reason, an x stands at the top.
+    Where a variant ran out of memory, or its gate is red, an x at the top says which.
     Exponents are those of the record.
 
     Args:
@@ -412,7 +412,7 @@ def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def _curves(axis: "Axes", rows: list[Row], key: str, exponents: dict[str, float]) -> None:
-    """One curve a variant, and an x at the top where it ran out of memory."""
+    """One curve a variant, and an x at the top where it has no figure."""
     from matplotlib.ticker import LogLocator
 
     points = sorted({row["point"] for row in rows})
@@ -429,37 +429,39 @@ def _curves(axis: "Axes", rows: list[Row], key: str, exponents: dict[str, float]
             label=variant if exponent is None else f"{variant}: exponent {exponent:.2f}",
         )
         _mark_lost(axis, number, [row for row in own if not measured(row)])
-    axis.set(xscale="log", yscale="log")
+    axis.set_xscale("log")
     axis.set_xticks(points, [_short(point) for point in points], rotation=40, fontsize=7.5)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
+    if any(measured(row) and key in row for row in rows):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.margins(y=0.18)
+        if not all(map(measured, rows)):  # marks need room at the top
+            bottom, top = axis.get_ylim()
+            axis.set_ylim(bottom, top * (top / bottom) ** 0.4)
+    else:  # marks alone, at no height
+        axis.set_yticks([])
     axis.minorticks_off()
-    axis.margins(y=0.18)
-    if not all(map(measured, rows)):  # marks need room at the top
-        bottom, top = axis.get_ylim()
-        axis.set_ylim(bottom, top * (top / bottom) ** 0.2)
     axis.legend(fontsize=8)
 
 
 def _mark_lost(axis: "Axes", number: int, rows: list[Row]) -> None:
-    """An x at the top for each of the `rows` without a figure, lower for every further variant."""
-    if not rows:
-        return
-    style: dict[str, Any] = {"color": colour(rows[0]["variant"]), "zorder": 4}
-    points, height = [row["point"] for row in rows], 0.96 - 0.09 * number
-    at_top = axis.get_xaxis_transform()
-    axis.plot(points, [height] * len(rows), "x", transform=at_top, clip_on=False, **style)
-    axis.annotate(
-        OUT_OF_MEMORY if rows[0]["gate"] == OUT_OF_MEMORY else "no figure",
-        (points[0], height),
-        (-6, 0),
-        xycoords=at_top,
-        textcoords="offset points",
-        ha="right",
-        va="center",
-        fontsize=7.5,
-        **style,
-    )
+    """An x at the top, and why, for each of the `rows`; lower for every further variant."""
+    at_top, height = axis.get_xaxis_transform(), 0.97 - 0.17 * number
+    for row in rows:
+        style: dict[str, Any] = {"color": colour(row["variant"]), "zorder": 4}
+        axis.plot([row["point"]], [height], "x", transform=at_top, clip_on=False, **style)
+        axis.annotate(
+            "out of\nmemory" if row["gate"] == OUT_OF_MEMORY else "red",  # points may stand close
+            (row["point"], height),
+            (0, -4),
+            xycoords=at_top,
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=6.5,
+            **style,
+        )
 
 
 def _short(number: float) -> str:

@@ -13,13 +13,13 @@ from gate import (
     judged,
     plain_error,
 )
-from peers import PEERS, by_peer, compile_by_block, require_peer
+from peers import by_peer, compile_by_block, require_peer
 from subject import CAPTURED, Options, Variant
 from support import available_bytes
 from workload import Batch, build_model, load_batch
 
 from snapkernels import quantise
-from snapvideo_core import FIT, FITConfig, SnapDiffusion, training_loss
+from snapvideo_core import FIT, CapturedFIT, FITConfig, SnapDiffusion, training_loss
 from snapvideo_core.capture import Outputs
 from snapvideo_core.diffusion import Network
 from snapvideo_core.flops import TRAIN_FORWARDS, floor_ms, graph_tflop
@@ -27,7 +27,8 @@ from snapvideo_core.flops import TRAIN_FORWARDS, floor_ms, graph_tflop
 FORWARDS = {"infer": 1, "train": TRAIN_FORWARDS}
 INCLUDES = {
     "infer": "one denoiser evaluation, no guidance",
-    "train": "self-conditioning pass over the whole batch + forward + backward, no optimiser",
+    "train": "self-conditioning pass over the whole batch + forward + backward, no optimiser; "
+    "gated in evaluation mode, gradients finite",
 }
 
 
@@ -56,14 +57,13 @@ class FITSubject:
     ):
         self.config, self.variant, self.options = config, variant, options
         self.gate_batch = batch
-        self._latest: tuple[int, str, Network] | None = None
-        self.peer = variant.backend in PEERS
-        if self.peer:
+        self._form: tuple[int, str] | None = None  # batch and mode that are compiled
+        self._captured: CapturedFIT | None = None
+        if variant.peer:
             require_peer(variant.backend)
-        trains = not variant.quantised or self.peer
         self.modes: tuple[str, ...] = (mode,) if mode else ("infer", "train")
-        if not trains:
-            self.modes = tuple(one for one in self.modes if one != "train")
+        if not variant.trains:
+            self.modes = ("infer",)
         require_cpu_memory(config, options, self.modes)
         calls = variant.backend if variant.backend in ("ours", "reference") else "eager"
         self.module: FIT = build_model(
@@ -80,7 +80,7 @@ class FITSubject:
         model, variant = self.module.eval(), self.variant
         judges_fp8 = variant.quantised and variant.backend == "ours"
         videos = gate_videos(self.config) if judges_fp8 else 1
-        batch = self.gate_batch if self._is_compiled else videos
+        batch = self.gate_batch if variant.compiled else videos
         data = self._batch(batch)
         diffusion = SnapDiffusion(sigma_in=self.config.sigma_in)
         x = diffusion.network_input(data.x_sigma, data.sigma)
@@ -89,7 +89,7 @@ class FITSubject:
         inputs = Inputs(x, data.sigma, data.cond, previous)
         expected = expected_output(model, inputs.first(videos))
         limit, eager = LIMITS[self.options.dtype], None
-        if self.peer:
+        if variant.peer:
             by_peer(model, variant.backend, training=self.modes == ("train",))
         elif variant.quantised:
             quantise(model, variant.recipe)
@@ -118,6 +118,10 @@ class FITSubject:
         self._network(data, "train")
         return training_step(self.module, data)
 
+    def release(self) -> None:
+        """Let go of the CUDA graph and its memory."""
+        self._captured = None
+
     def includes(self, mode: str) -> str:
         captured = self.options.capture and mode == "infer"
         copies = ", with copies of its inputs and outputs"
@@ -137,25 +141,18 @@ class FITSubject:
         options = self.options
         return load_batch(options.clip, self.config, videos, options.framerate, options.device)
 
-    @property
-    def _is_compiled(self) -> bool:
-        return self.variant.backend not in ("ours", "eager", "reference")
-
     def _network(self, data: Batch, mode: str) -> Network:
-        """The model or, for inference, its captured form for such a batch; the latest is kept."""
+        """The model or, for inference, its captured form for such a batch."""
         batch = len(data.sigma)
-        if self._latest is None or self._latest[:2] != (batch, mode):
-            self._latest = None  # before the next takes its memory
-            if self._is_compiled:
+        if self._form != (batch, mode):
+            self.release()
+            if self.variant.compiled:
                 torch.compiler.reset()  # eight forms of a call are compiled, and a ninth is not
-            captured = mode == "infer" and self.options.capture
-            network = (
-                self.module.capture(data.x_sigma, data.sigma, data.cond)
-                if captured
-                else self.module
-            )
-            self._latest = batch, mode, network
-        return self._latest[2]
+            self._form = batch, mode
+        if mode != "infer" or not self.options.capture:
+            return self.module
+        self._captured = self._captured or self.module.capture(data.x_sigma, data.sigma, data.cond)
+        return self._captured
 
 
 def inference(network: Network, model: FIT, data: Batch) -> Callable[[], Outputs]:

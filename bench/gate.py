@@ -110,7 +110,6 @@ def float64_reference(model: FIT) -> Iterator[None]:
     """
     dtype = next(model.parameters()).dtype
     chosen = model.backend
-    ops: list[Any] = [module for module in model.modules() if hasattr(module, "backend")]
     hooks = []
     for unit in _sublayers(model):
         hooks.append(unit.register_forward_pre_hook(lambda module, _: module.double() and None))
@@ -118,16 +117,21 @@ def float64_reference(model: FIT) -> Iterator[None]:
     model.positions.data = model.positions.data.double()
     for holder in (getattr(model, name) for name in ENDS):
         holder.double()
-    for module in ops:
-        module.backend = "reference"
+    use_backend(model, "reference")
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module in ops:
-            module.backend = chosen
+        use_backend(model, chosen)
         model.to(dtype)
+
+
+def use_backend(model: FIT, backend: str | None) -> None:
+    """Have every op of `model` run by `backend`, None for the fastest."""
+    ops: list[Any] = [module for module in model.modules() if hasattr(module, "backend")]
+    for module in ops:
+        module.backend = backend
 
 
 def _sublayers(model: FIT) -> Iterator[nn.Module]:

@@ -74,7 +74,8 @@ class OpCost(NamedTuple):
         name: of the op.
         place: where it was called; None for outside the parts.
         flops: of its matrix products, by the exact algorithm that has the fewest.
-        moved: bytes, of every input and of the output, once each.
+        moved: bytes of every tensor that is an input or the output, once each: copying into one and
+            adding to it both move it and what is copied or added.
         in_fp8: whether it multiplies e4m3 numbers.
     """
 
@@ -166,7 +167,8 @@ class Counter(TorchDispatchMode):
             formula = flop_registry.get(func.overloadpacket)
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
         if own or func._schema.is_mutable or not _are_views(made, given):
-            moved = sum(one.nbytes for one in (*given, *made))
+            # Distinct ones: what is written in place is given, and made as well.
+            moved = sum(size for _, size in {(one.data_ptr(), one.nbytes) for one in given + made})
             in_fp8 = any(one.dtype == torch.float8_e4m3fn for one in given)
             self.ops.append(OpCost(name, self.place, flops, moved, in_fp8))
         return result

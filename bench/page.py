@@ -7,9 +7,22 @@ from typing import Any, NamedTuple
 
 from figures import FIGURES, png
 from ratios import Record, Row, measured, mode_of, model_of
-from tables import LOSS, Table, absent_peers, figure_cell, figures, headline, paper, peers
+from tables import (
+    HOW_RATIOS,
+    LOSS,
+    Table,
+    absent_peers,
+    figure_cell,
+    headline_table,
+    paper_table,
+    peers_table,
+    rows_table,
+)
+
+from snapkernels.testing.record import is_cut_off
 
 NAMES = ("throughput", "costs", "model_scaling")
+START = ("model", "mode", "variant", "batch")  # the first columns, as `_start` fills them
 
 
 class Section(NamedTuple):
@@ -25,10 +38,7 @@ SECTIONS = (
         "table2",
         "Table 2",
         "Inference is one denoiser evaluation without guidance, training a step without the "
-        "optimiser. Ours is the fastest row of a model; a ratio is the time of the fastest peer, "
-        "whatever its number format, over ours, from its p20 over our p80 to its p80 over our p20. "
-        "Below 1 it is a loss. Rows before which one fixed load ran "
-        "at rates more than 5 % apart, by the GPU's clock, have no ratio.",
+        f"optimiser. {HOW_RATIOS}",
     ),
     Section(
         "roofline",
@@ -70,7 +80,7 @@ th { background: var(--soft); } tbody tr:hover { background: var(--soft); }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
-td.loss { color: var(--loss); font-weight: 600; }
+.loss { color: var(--loss); font-weight: 600; }
 summary { cursor: pointer; }
 """.strip()
 
@@ -126,6 +136,11 @@ def render(records: dict[str, Record], drawn: dict[str, bytes]) -> str:
         "scaling": lambda record: _html(_scaling(record)),
     }
     parts = [f"<h1>SnapKernels: Table 2 and beyond</h1>{_html(_provenance(records), plain=True)}"]
+    parts += [
+        f'<p class="loss">{what} is of a run that was cut off: it has not all of its rows.</p>'
+        for what, record in records.items()
+        if is_cut_off(record)
+    ]
     parts.append(_choices(records))
     for name, title, text in SECTIONS:
         what = FIGURES[name][0]
@@ -134,6 +149,9 @@ def render(records: dict[str, Record], drawn: dict[str, bytes]) -> str:
             alt = f"{title}, {records[what]['device']['name']}: the numbers are in the table below"
             data = b64encode(drawn[name]).decode()
             parts.append(f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">')
+        elif what in records:
+            parts.append("<p>No figure: all rows are red.</p>")
+        if what in records:
             parts.append(tables[name](records[what]))
         else:
             command = f"python bench/{what}.py --json FILE"
@@ -191,10 +209,10 @@ def _choices(records: dict[str, Record]) -> str:
 def _table2(record: Record) -> str:
     absent = "".join(f"<li>{escape(line)}</li>" for line in absent_peers(record))
     blocks = (
-        ("Ours and the fastest peer", headline(record)),
-        ("The paper's ratios, of the fastest row of each model", paper(record)),
-        ("Each of our variants against the fastest peer of its batch", peers(record)),
-        ("All rows", figures(record)),
+        ("Ours and the fastest peer", headline_table(record)),
+        ("The paper's ratios, of the fastest row of each model", paper_table(record)),
+        ("Each of our rows against the fastest peer of all batches", peers_table(record)),
+        ("All rows", rows_table(record)),
     )
     parts = [f"<h3>{title}</h3>{_html(table)}" for title, table in blocks if table.rows]
     return "".join(parts) + (f"<h3>Absent peers</h3><ul>{absent}</ul>" if absent else "")
@@ -209,7 +227,8 @@ def _roofline(record: Record) -> Table:
         sizes = [f"{part['tflop']:.4g}", f"{part['gb']:.4g}"]
         rows.append([*_start(row), part["part"], *sizes, intensity, rate, speed, _share(part)])
     header = ("TFLOP", "GB", "FLOP/byte", "TFLOP/s", "TB/s", "% of predicted")
-    return Table(("model", "mode", "variant", "batch", "part", *header), rows)
+    rows += _red(record, len(header))
+    return Table((*START, "part", *header), rows)
 
 
 def _ops(record: Record) -> str:
@@ -223,16 +242,16 @@ def _ops(record: Record) -> str:
             rows.append([*_start(row), f"rest: {name}", *_time(ms, row), "", "", ""])
         whole = [f"{row['value']:.4g}", f"{row['explained_pct']:.1f}"]
         rows.append([*_start(row), "the evaluation, % explained by the parts", *whole, "", "", ""])
-    start = ("model", "mode", "variant", "batch")
     header = ("ms/video", "% of the evaluation", "predicted ms", "% of predicted", "calls")
+    rows += _red(record, len(header))
     blocks = []
     for row in filter(measured, record["rows"]):
         for one in row["blocks"]:
             times = [f"{one['ms']:.4g}", f"{one['predicted_ms']:.4g}", _share(one)]
             blocks.append([*_start(row), str(one["block"]), *times])
-    per_block = Table((*start, "block", "ms/video", "predicted ms", "% of predicted"), blocks)
+    per_block = Table((*START, "block", "ms/video", "predicted ms", "% of predicted"), blocks)
     return (
-        f"{_html(Table((*start, 'part', *header), rows))}"
+        f"{_html(Table((*START, 'part', *header), rows))}"
         f"<details><summary>Block by block</summary>{_html(per_block)}</details>"
     )
 
@@ -247,11 +266,17 @@ def _scaling(record: Record) -> Table:
         size = [row.get("axis", ""), str(row.get("point", ""))]
         rows.append([*_start(row), *size, *told, *slopes])
     header = ("axis", "size", "ms (p20-p80)", "peak GiB", "exponent, time", "exponent, memory")
-    return Table(("model", "mode", "variant", "batch", *header), rows)
+    return Table((*START, *header), rows)
 
 
 def _parts(record: Record) -> Iterable[tuple[Row, dict[str, Any]]]:
     return ((row, part) for row in filter(measured, record["rows"]) for part in row["parts"])
+
+
+def _red(record: Record, cells: int) -> list[list[str]]:
+    """Of every row without a figure a line that says why, with so many empty cells behind."""
+    red = (row for row in record["rows"] if not measured(row))
+    return [[*_start(row), figure_cell(row), *[""] * cells] for row in red]
 
 
 def _start(row: Row) -> list[str]:

@@ -20,6 +20,11 @@ from snapkernels.ops.group_attn.peers import by_flash_attn
 from snapvideo_core import FIT
 
 Attention = Callable[..., torch.Tensor]
+NEEDS = {
+    "torchao": "torchao.quantization",
+    "flash-attn": "flash_attn.cute",
+    "xformers": "xformers.ops",
+}
 
 
 class PlainFeedForward(nn.Module):
@@ -92,7 +97,7 @@ def require_peer(backend: str) -> None:
     if backend == "te":
         transformer_engine()
     try:
-        import_module(PEERS[backend])
+        import_module(NEEDS[backend])
     except ImportError as error:
         raise ImportError(f"{backend} is absent: {error}") from error
 
@@ -109,7 +114,7 @@ def compile_by_block(model: FIT) -> None:
     """torch.compile of `model`: a block is compiled once and called as often as there are blocks.
 
     Whole models compile many times longer, to the same kernels. Around the blocks stem,
-    conditioning and head are compiled too.
+    conditioning and head are compiled too. All with torch.compile's default options.
     """
     for block in model.blocks:
         block.forward = _called_whole(torch.compile(block.forward, dynamic=False))
@@ -188,16 +193,4 @@ def _outside(attention: Attention) -> Attention:
 ATTENTIONS: dict[str, Attention] = {
     "flash-attn": _outside(by_flash_attn),
     "xformers": _outside(_xformers),
-}
-FORMATS = {
-    "torchao": "fp8",
-    "flash-attn": "bf16",
-    "xformers": "bf16",
-    "te": "fp8",
-}  # {name: recipe}
-PEERS = {  # {name: what has to be there}
-    "torchao": "torchao.quantization",
-    "flash-attn": "flash_attn.cute",
-    "xformers": "xformers.ops",
-    "te": "transformer_engine.pytorch",
 }

@@ -1,8 +1,9 @@
 """Ratios of the rows of a throughput record, each with its spread, or the reason why it is none.
 
 A ratio is one row's time over another's. Its low end is the one's p20 over the other's p80, its
-high end the p80 over the p20. There is none of a row without a figure, and none of two rows that
-the GPU ran at different clocks: that would compare the clocks.
+high end the p80 over the p20, and what the GPU's clock drifted between them. There is none of a row
+without a figure, and none of two rows that the GPU ran at different clocks: that would compare the
+clocks.
 """
 
 from collections.abc import Collection, Iterable
@@ -73,7 +74,12 @@ def best(record: Record, case: str, variants: Collection[str] | None = None) -> 
 
 
 def ratio(over: Row, under: Row) -> Ratio:
-    """The time of `over` over that of `under`, or the reason why there is no such number."""
+    """The time of `over` over that of `under`, or the reason why there is no such number.
+
+    A time goes with 1 / clock: where the clocks of both rows are known, the spread reaches from the
+    ratio as measured to the one that equal clocks would have given, `probe_tflop_s` of `over` over
+    that of `under` times as high.
+    """
     for row in (over, under):
         name = f"{row['case']} {row['variant']} batch {row['batch']}"
         if row["gate"] != "ok":
@@ -81,15 +87,17 @@ def ratio(over: Row, under: Row) -> Ratio:
         if lacking := [field for field in ("value", "p20", "p80") if field not in row]:
             return Ratio(over, under, refused=f"{name} has no {', '.join(lacking)}")
     probes = [row["probe_tflop_s"] for row in (over, under) if "probe_tflop_s" in row]
-    if len(probes) == 2 and max(probes) > MOST_APART * min(probes):
+    known = len(probes) == 2
+    if known and max(probes) > MOST_APART * min(probes):
         return Ratio(over, under, refused="one load at {:g} and {:g} TFLOP/s".format(*probes))
+    drift = probes[0] / probes[1] if known else 1.0
     return Ratio(
         over,
         under,
         value=over["value"] / under["value"],
-        low=over["p20"] / under["p80"],
-        high=over["p80"] / under["p20"],
-        note="" if len(probes) == 2 else "no clock",
+        low=over["p20"] / under["p80"] * min(1.0, drift),
+        high=over["p80"] / under["p20"] * max(1.0, drift),
+        note="" if known else "no clock",
     )
 
 
@@ -102,33 +110,23 @@ def paper_ratios(record: Record) -> list[PaperRatio]:
 
 
 def against_peers(record: Record) -> dict[str, list[Ratio]]:
-    """{case: of each of our variants the fastest peer's time over ours}; below 1 is a loss.
+    """{case: of each of our rows the fastest peer's time over it}; below 1 is a loss.
 
-    There is one at every batch that both were measured at, whatever the peer's number format. Where
-    there is no such batch, there is one of the fastest row of each, which says so in its note.
+    The peer is the fastest of all batches and number formats: ours is held to the best that others
+    make of a model. Where it has another batch than our row, the ratio's note says so.
     """
     found = {}
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["case"] == case and measured(row)]
-        peers = [row for row in rows if not is_ours(row)]
-        ours: dict[str, list[Row]] = {}
-        for row in filter(is_ours, rows):
-            ours.setdefault(row["variant"], []).append(row)
-        found[case] = [one for own in ours.values() for one in _beside(own, peers)]
+        peer = fastest(row for row in rows if not is_ours(row))
+        found[case] = [_held_to(peer, row) for row in filter(is_ours, rows)] if peer else []
     return found
 
 
-def _beside(ours: list[Row], peers: list[Row]) -> list[Ratio]:
-    equal = [
-        ratio(peer, row)
-        for row in ours
-        if (peer := fastest(one for one in peers if one["batch"] == row["batch"]))
-    ]
-    peer, own = fastest(peers), fastest(ours)
-    if equal or peer is None or own is None:
-        return equal
-    one = ratio(peer, own)
-    return [one._replace(note=", ".join(filter(None, (one.note, "batches differ"))))]
+def _held_to(peer: Row, ours: Row) -> Ratio:
+    one = ratio(peer, ours)
+    differ = "" if peer["batch"] == ours["batch"] else "batches differ"
+    return one._replace(note=", ".join(filter(None, (one.note, differ))))
 
 
 def _of_cases(record: Record, over: str, under: str) -> Ratio:

@@ -11,12 +11,20 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from page import NAMES, pictures, render
-from tables import absent_peers, figures, headline, markdown, paper
+from tables import HOW_RATIOS, absent_peers, headline_table, markdown, paper_table, rows_table
 
-from snapkernels.testing.record import ROOT, file_path, newest, problems, replace_file
+from snapkernels.testing.record import (
+    ROOT,
+    file_path,
+    is_cut_off,
+    newest,
+    problems,
+    replace_file,
+)
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 # What a measured row has beside the form of every record.
@@ -31,28 +39,31 @@ PART_FIELDS = ("part", "ops", "ms", "predicted_ms", "tflop", "gb")
 def figure_table(record: dict[str, Any]) -> str:
     """A Markdown table of a throughput record, and below it the peers that are absent."""
     absent = "".join(f"\n- {line}" for line in absent_peers(record))
-    return markdown(figures(record)) + (f"\n\nAbsent peers:\n{absent}" if absent else "")
+    return markdown(rows_table(record)) + (f"\n\nAbsent peers:\n{absent}" if absent else "")
 
 
 def section() -> str:
-    """What stands between the README's markers."""
+    """What stands between the README's markers.
+
+    Raises:
+        ValueError: the newest record is of a run that was cut off.
+    """
     found = newest("throughput")
     if found is None:
         return "No GPU record is committed yet."
     path, record = found
+    if is_cut_off(record):
+        raise ValueError(f"{path.name} is of a run that was cut off: go on with it by --resume")
     ceilings = ", ".join(f"{name} {value:g}" for name, value in record["ceilings"].items())
+    processes = record.get("processes", 1)
+    where = "the same process" if processes == 1 else f"the first of its {processes} processes"
     return (
         f"{record['device']['name']}, torch {record['versions']['torch']}, commit "
-        f"{record['commit'][:10]}; ceilings measured in the same process: {ceilings}. From "
+        f"{record['commit'][:10]}; ceilings measured in {where}: {ceilings}. From "
         f"`{path.relative_to(ROOT)}` by `python bench/report.py`.\n\n"
-        "The fastest row of every model and mode, and the time of the fastest peer, whatever its\n"
-        "number format, over ours: from its p20 over our p80 to its p80 over our p20, at equal\n"
-        "batches unless it says otherwise. Below 1 is a loss. Rows before which one fixed load\n"
-        "ran at rates more than 5 % apart, by the GPU's clock, have no ratio; of some records\n"
-        'these rates are not known ("no clock").\n\n'
-        f"{markdown(headline(record))}\n\n"
+        f"{fill(HOW_RATIOS, 100)}\n\n{markdown(headline_table(record))}\n\n"
         "The paper's own ratios, of the fastest row of each model here:\n\n"
-        f"{markdown(paper(record))}\n\nAll rows:\n\n{figure_table(record)}"
+        f"{markdown(paper_table(record))}\n\nAll rows:\n\n{figure_table(record)}"
     )
 
 
@@ -60,7 +71,7 @@ def rendered(readme: str) -> str:
     """`readme` with the section between its markers made anew.
 
     Raises:
-        ValueError: the markers are not there, once each and in order.
+        ValueError: the markers are not there, once each and in order, or `section` raises it.
     """
     before, _, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -22,9 +22,15 @@ from snapkernels.spec import Backend, Case
 from snapkernels.testing.bench import Variant, included, interleaved, reason_of, sets_needed
 from snapkernels.testing.cases import call, make_values, prepare
 from snapkernels.testing.cost import compulsory_bytes, floor_ms, flops
-from snapkernels.testing.load import Load, without_figure
+from snapkernels.testing.load import Load
 from snapkernels.testing.proofs import judge
-from snapkernels.testing.record import file_path, new_record, record_path, write
+from snapkernels.testing.record import (
+    file_path,
+    new_record,
+    record_path,
+    without_figure,
+    write,
+)
 
 LAYERS = ("group_read", "group_write")
 # Whole groups of 4608 but for the ends: one group that is smaller, and 256 of 4096.

@@ -14,6 +14,8 @@ from snapkernels.roofline import short_name
 from snapkernels.testing.load import Load
 
 CAPTURED = ", by a replay of one CUDA graph"
+# {peer: its one recipe}
+PEERS = {"torchao": "fp8", "flash-attn": "bf16", "xformers": "bf16", "te": "fp8"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,21 @@ class Variant:
     @property
     def quantised(self) -> bool:
         return bool(self.recipe.layers)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether every batch is a compilation."""
+        return self.backend not in ("ours", "eager", "reference")
+
+    @property
+    def peer(self) -> bool:
+        """Whether it is other software, whose red gate is not ours to mend."""
+        return self.backend in PEERS
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has gradients: what is quantised has none, but by torchao."""
+        return not self.quantised or self.peer
 
     def name(self, dtype: torch.dtype) -> str:
         """As records have it, of a model whose weights are `dtype`."""
@@ -78,6 +95,9 @@ class Subject(Protocol):
 
     def training_step(self, batch: int) -> Callable[[], object]:
         """What computes every gradient once, made anew as after an optimiser step."""
+
+    def release(self) -> None:
+        """Let go of what is kept from one call of these to the next, but for what is compiled."""
 
     def includes(self, mode: str) -> str:
         """What is in the time of `mode`."""

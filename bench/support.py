@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from snapkernels.testing.timing import Timing
+
 CLIP = Path(__file__).resolve().parent / "clips" / "big_buck_bunny.mp4"
 OUT_OF_MEMORY = "out of memory"
 # How PyTorch's CPU allocator and the CUDA libraries say it, in a plain RuntimeError.
@@ -42,6 +44,19 @@ def available_bytes() -> int:
     """What Linux can give without swapping."""
     meminfo = Path("/proc/meminfo").read_text()
     return int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+
+
+def figures(timing: Timing, floor: float, share: int = 1) -> dict[str, float]:
+    """The measured fields of a row.
+
+    Args:
+        timing: of a call, in ms.
+        floor: of one of the `share` equal parts of a call, in ms.
+        share: by which the call's times are divided.
+    """
+    value, p20, p80 = (significant(ms / share) for ms in timing)
+    told = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
+    return told | {"pct_of_floor": round(100 * floor / value, 1)}
 
 
 def significant(value: float) -> float:

@@ -16,8 +16,16 @@ from ratios import (
     model_of,
     paper_ratios,
 )
-from support import OUT_OF_MEMORY
 
+# What a reader has to know of `headline_table`.
+HOW_RATIOS = (
+    "Ours is the fastest row of every model and mode, and the ratio is the time of the fastest "
+    "peer, of any number format and batch, over it; where the batches differ it says so. Below 1 "
+    "is a loss. In brackets: from the peer's p20 over our p80 to its p80 over our p20, and wider "
+    "by the drift of the GPU's clock between the two, as one fixed load before each of them told "
+    "it. Where the rates of that load are more than 5 % apart there is no ratio; of some records "
+    'they are not known ("no clock").'
+)
 LOSS = ", loss"  # what marks a ratio below 1
 NO_PEER = "none in this record"
 
@@ -29,7 +37,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def figures(record: Record) -> Table:
+def rows_table(record: Record) -> Table:
     """Every row with a figure or a red gate; absent peers apart, the paper's rows beside and below.
 
     The roof of a row is that of its number format: of fp8 that of its quantised products.
@@ -57,12 +65,12 @@ def figures(record: Record) -> Table:
 
 
 def absent_peers(record: Record) -> list[str]:
-    """One "variant: reason" for every reason why a peer could not be measured."""
+    """One "variant: reason" for every reason why a peer could not be had here."""
     lines = (f"{row['variant']}: {row['gate']}" for row in record["rows"] if _absent(row))
     return list(dict.fromkeys(" ".join(line.split()) for line in lines))
 
 
-def headline(record: Record) -> Table:
+def headline_table(record: Record) -> Table:
     """Of every model and mode our fastest row, and the fastest peer's time over ours."""
     header = (
         "model",
@@ -80,16 +88,7 @@ def headline(record: Record) -> Table:
         found = [row for row in record["rows"] if row["case"] == case]
         ours = fastest(filter(is_ours, found))
         peer = fastest(row for row in found if not is_ours(row))
-        shown = min(
-            (one for one in ratios if ours and one.under["variant"] == ours["variant"]),
-            key=lambda one: one.under["value"],
-            default=None,
-        )
-        cell = ""
-        if shown:
-            peer, cell = shown.over, ratio_cell(shown)
-            if shown.under is not ours:  # there the peer was not measured
-                cell += f", both at batch {shown.under['batch']}"
+        shown = next((one for one in ratios if one.under is ours), None)
         rows.append(
             [
                 model_of(found[0]),
@@ -99,14 +98,14 @@ def headline(record: Record) -> Table:
                 f"{ours['pct_of_floor']:.0f}" if ours else "",
                 name(peer) if peer else NO_PEER,
                 spread(peer) if peer else "",
-                cell,
+                ratio_cell(shown) if shown else "",
                 f"{PAPER_A100[case]:g}" if case in PAPER_A100 else "",
             ]
         )
     return Table(header, rows)
 
 
-def paper(record: Record) -> Table:
+def paper_table(record: Record) -> Table:
     """The paper's ratios beside those of the fastest row of each model here."""
     rows = [
         [
@@ -120,8 +119,8 @@ def paper(record: Record) -> Table:
     return Table(("ratio of ms/video", "paper, A100", "here (low-high)", "rows"), rows)
 
 
-def peers(record: Record) -> Table:
-    """Each of our variants against the fastest peer, at every batch that both have."""
+def peers_table(record: Record) -> Table:
+    """Each of our rows against the fastest peer of its model and mode, of all batches."""
     rows = [
         [
             model_of(one.under),
@@ -189,8 +188,8 @@ def markdown(table: Table) -> str:
 
 
 def _absent(row: Row) -> bool:
-    """Whether it is of a peer that cannot be had here; one that ran out of memory was there."""
-    return row.get("peer", False) and row["gate"] not in ("ok", OUT_OF_MEMORY)
+    """Whether it is of a peer that cannot be had here; one that is red was there."""
+    return row.get("absent", False)
 
 
 def _no_ours(rows: list[Row]) -> str:

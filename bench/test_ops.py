@@ -20,7 +20,7 @@ from snapkernels.dispatch import choose
 from snapkernels.registry import OPS, Op
 from snapkernels.roofline import measure_ceilings
 from snapkernels.spec import Backend, Case
-from snapkernels.testing.bench import directions
+from snapkernels.testing.bench import directions, slow_in_eager
 from snapkernels.testing.cases import make_values, prepare
 from snapkernels.testing.cost import compulsory_bytes, floor_ms, flops
 from snapkernels.testing.proofs import gradients, short, values
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
         if case.tier == TIER
         for direction in directions(op.spec)
         for who in ("ours", "eager")
-        if who == "ours" or not _slow_in_eager(case, direction)
+        if who == "ours" or not slow_in_eager(case, direction, DEVICE)
     ]
     ids = [f"{op.spec.case_id(case, direction)}-{who}" for op, case, direction, who in found]
     metafunc.parametrize(("op", "case", "direction", "who"), found, ids=ids)
@@ -85,8 +85,3 @@ def finished(call: Callable[[], Any]) -> None:
 def ceilings() -> dict[str, float]:
     """Those of this machine, measured at the first entry."""
     return measure_ceilings(DEVICE)
-
-
-def _slow_in_eager(case: Case, direction: str) -> bool:
-    """Noise counted by PyTorch's signed words takes a GPU a hundred times longer: not timed."""
-    return DEVICE.type == "cuda" and direction == "fwd" and case.options.get("seed") is not None

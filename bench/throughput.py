@@ -6,7 +6,7 @@ python bench/throughput.py --recipe bf16 fp8 --backend ours eager compile
 """
 
 import argparse
-import json
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from fit_subject import FITSubject
-from peers import FORMATS, PEERS
 from report import figure_table
-from subject import Options, Subject, Variant
+from resume import group_of, resumed
+from subject import PEERS, Options, Subject, Variant
 from support import (
     CLIP,
     OUT_OF_MEMORY,
+    figures,
     positive_float,
     positive_int,
     reported_out_of_memory,
@@ -29,31 +30,34 @@ from support import (
     significant,
 )
 from unet import UNETS
-from unet_subject import BACKENDS, UNetSubject
+from unet_subject import BACKENDS as UNET_BACKENDS
+from unet_subject import UNetSubject
 from workload import Sizes
 
 from snapkernels import RECIPES
 from snapkernels.roofline import measure_ceilings
 from snapkernels.testing.bench import reason_of
-from snapkernels.testing.load import Load, without_figure
+from snapkernels.testing.load import Load
 from snapkernels.testing.record import (
     RECORDS,
     command_so_far,
     new_record,
     newest,
-    problems,
     record_path,
+    without_figure,
     write,
 )
 from snapkernels.testing.timing import measure
 from snapvideo_core import PRESETS, VideoError, read_clip
 
 MODELS: dict[str, Sizes] = {**UNETS, **PRESETS}
-GPU_BATCHES = {"500m": [16, 64], "3.9b": [16], "3.9b-up": [1], "unet-284m": [16], "unet-85m": [16]}
+GPU_BATCHES = {"500m": [16, 64], "3.9b": [16], "3.9b-up": [1], "unet-284m": [32], "unet-85m": [32]}
 CPU_BATCHES = {"unet-tiny": [1], "mini": [1]}
 MODES = ("infer", "train")
+LEAST_MS, MOST_REPEATS = 1000.0, 50  # the clock of a GPU settles, and is seen, in such a time
+ABSENT = (ImportError, NotImplementedError)  # of a peer that cannot be had
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OURS = ("ours", "eager", "compile", "reference")
+BACKENDS = ("ours", "eager", "compile", "reference", *PEERS)
 GPU_VARIANTS = (  # (recipe, backend)
     ("bf16", "ours"),
     ("fp8", "ours"),
@@ -91,18 +95,25 @@ def main(arguments: list[str] | None = None) -> int:
     if shared := load.shared():
         print(f"error: {shared}: no figure would be of this program alone", file=sys.stderr)
         return 2
+    flags = [f"--{k}" if v is True else f"--{k} {v}" for k, v in _reproducible(args).items()]
+    command = " ".join(["python bench/throughput.py", *flags])
     try:
-        rows = resumed(args.json, device) if args.resume else []
+        before = resumed(args.json, command, device) if args.resume else None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not on_gpu:
-        figures = "the figures below are CPU figures"
-        print(f"No NVIDIA GPU here: {figures} ({', '.join(presets)}).", flush=True)
-    say("measuring the ceilings of this machine")
-    with reported_out_of_memory() as memory:
-        ceilings = measure_ceilings(device, dtype)
-    if memory.exhausted:
+        told = "the figures below are CPU figures"
+        print(f"No NVIDIA GPU here: {told} ({', '.join(presets)}).", flush=True)
+    ceilings, rows, processes = {}, [], 1
+    if before:  # all rows have one set of floors
+        ceilings, rows = before["ceilings"], before["rows"]
+        processes += before.get("processes", 1)
+    else:
+        say("measuring the ceilings of this machine")
+        with reported_out_of_memory():
+            ceilings = measure_ceilings(device, dtype)
+    if not ceilings:
         print("error: out of memory measuring the ceilings", file=sys.stderr)
         return 1
     options = Options(
@@ -115,8 +126,6 @@ def main(arguments: list[str] | None = None) -> int:
         ceilings=ceilings,
         load=load,
     )
-    flags = [f"--{k}" if v is True else f"--{k} {v}" for k, v in _reproducible(args).items()]
-    command = " ".join(["python bench/throughput.py", *flags])
     runs = [
         (name, variant, args.batch or batches_of(variant, default_batches.get(name, [1])))
         for name in presets
@@ -125,12 +134,13 @@ def main(arguments: list[str] | None = None) -> int:
     for number, (name, variant, batches) in enumerate(runs, 1):
         modes = MODES if args.mode == "both" else (args.mode,)
         title = variant.name(dtype)
-        if any((row["case"].split("/")[1], row["variant"]) == (name, title) for row in rows):
+        if (name, title) in map(group_of, rows):
             say(f"{name}: {title} is in {args.json} already")
         else:
             rows += bench_variant(name, variant, batches, modes, options)
         so_far = command_so_far(command, done=number == len(runs))
         record = new_record(so_far, device, load.fields(), ceilings, rows)
+        record["processes"] = processes
         if args.json:  # each time: a run that is cut off leaves what it has
             write(record, args.json)
     print_figures(record)
@@ -152,40 +162,16 @@ def variants_of(name: str, args: argparse.Namespace, on_gpu: bool) -> list[Varia
     pairs = list(GPU_VARIANTS if on_gpu else CPU_VARIANTS)
     if args.recipe or args.backend:
         asked = product(args.recipe or ["bf16"], args.backend or ["ours"])
-        pairs = list(dict.fromkeys((FORMATS.get(backend, one), backend) for one, backend in asked))
+        pairs = list(dict.fromkeys((PEERS.get(backend, one), backend) for one, backend in asked))
     if name in UNETS:
-        plain = [(recipe, backend) for recipe, backend in pairs if backend in BACKENDS]
+        plain = [(recipe, backend) for recipe, backend in pairs if backend in UNET_BACKENDS]
         pairs = [pair for pair in plain if not RECIPES[pair[0]].layers] or [("bf16", "eager")]
     return [Variant(backend, RECIPES[recipe]) for recipe, backend in pairs]
 
 
-def resumed(path: Path, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of the record at `path`, none where there is none yet.
-
-    Raises:
-        ValueError: it is no record, or of another commit, device or version than this run.
-    """
-    if not path.exists():
-        return []
-    try:
-        found = json.loads(path.read_text())
-        wrong = problems(found)
-    except (ValueError, AttributeError, TypeError):
-        wrong = ["it is no record"]
-    if wrong:
-        raise ValueError(f"--resume {path}: {'; '.join(wrong)}")
-    now = new_record("", device, {}, {}, [])
-    for field in ("commit", "dirty", "versions"):
-        if found[field] != now[field]:
-            raise ValueError(f"--resume {path}: its {field} is {found[field]}, here {now[field]}")
-    if found["device"]["name"] != now["device"]["name"]:
-        raise ValueError(f"--resume {path}: it is of a {found['device']['name']}")
-    return found["rows"]
-
-
 def batches_of(variant: Variant, defaults: list[int]) -> list[int]:
     """Of the default batches the largest alone where every batch is a compilation."""
-    return defaults if variant.backend in ("ours", "eager", "reference") else defaults[-1:]
+    return defaults[-1:] if variant.compiled else defaults
 
 
 def subjects(
@@ -206,15 +192,14 @@ def bench_variant(
 ) -> Iterator[dict[str, Any]]:
     """Gate and time one model in one variant; a row for every batch size and mode."""
     title = variant.name(options.dtype)
-    if "train" in modes and variant.quantised and variant.backend not in PEERS:
+    if "train" in modes and not variant.trains:
         say(f"{name}: {title} has no row of training: it is quantised, for inference")
         modes = tuple(mode for mode in modes if mode != "train")
     if not modes:
         return
     for chosen, make in subjects(name, variant, modes, options, batches[0]):
         say(f"{name}: building {title}")
-        subject, verdict, error = prepared(make, variant)
-        probe = options.load.probe() if verdict == "ok" else None
+        subject, gate = prepared(make, variant)
         for batch, mode in product(batches, chosen):
             row: dict[str, Any] = {
                 "case": f"model/{name}/{mode}",
@@ -222,40 +207,39 @@ def bench_variant(
                 "batch": batch,
                 "unit": "ms/video",
                 "better": "lower",
-                "gate": verdict,
-                "error": error,
                 "includes": subject.includes(mode) if subject else "nothing: it was not run",
-            }
-            if variant.backend in PEERS:
+            } | gate
+            if variant.peer:
                 row["peer"] = True
-            if subject and verdict == "ok":
-                row["tflop"] = significant(subject.tflop(mode))
-                if probe:
-                    row["probe_tflop_s"] = probe
+            if subject and row["gate"] == "ok":
                 row = timed(row, subject, mode, options)
             if row["gate"] != "ok":
                 print(f"{row['case']} batch {batch}: no figure: {row['gate']}", file=sys.stderr)
             yield row
-        del subject  # before the next is built
+        del subject  # before the next is built: what is compiled refers to itself
+        gc.collect()
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def prepared(
     make: Callable[[], Subject], variant: Variant
-) -> tuple[Subject | None, str, dict[str, float]]:
-    """The model, built and gated, with the verdict and the errors seen."""
+) -> tuple[Subject | None, dict[str, Any]]:
+    """The model, built and gated; and of a row the gate, the errors seen, whether it is absent."""
     subject: Subject | None = None
-    verdict: str = OUT_OF_MEMORY
-    error: dict[str, float] = {}
+    found: dict[str, Any] = {"gate": OUT_OF_MEMORY, "error": {}}
     try:
         with reported_out_of_memory():
             subject = make()
             say(f"{subject.config.name}: checking against the float64 reference")
-            verdict, error = subject.gated()
+            found["gate"], found["error"] = subject.gated()
     except Exception as failure:  # whatever it is, our rows are not lost for it
-        if variant.backend in OURS:
+        if variant.backend == "ours":
             raise
-        verdict = reason_of(failure)
-    return subject, verdict, error
+        found["gate"] = reason_of(failure)
+        if subject is None and variant.peer and isinstance(failure, ABSENT):
+            found["absent"] = True
+    return subject, found
 
 
 def timed(row: dict[str, Any], subject: Subject, mode: str, options: Options) -> dict[str, Any]:
@@ -264,7 +248,7 @@ def timed(row: dict[str, Any], subject: Subject, mode: str, options: Options) ->
         with reported_out_of_memory() as memory:
             row |= time_case(subject, row["batch"], mode, options)
     except Exception as failure:
-        if subject.variant.backend in OURS:
+        if subject.variant.backend == "ours":
             raise
         row = without_figure(row, reason_of(failure))
     subject.module.zero_grad(set_to_none=True)
@@ -273,7 +257,10 @@ def timed(row: dict[str, Any], subject: Subject, mode: str, options: Options) ->
 
 def time_case(subject: Subject, batch: int, mode: str, options: Options) -> dict[str, Any]:
     """The measured fields of one row, or its red gate."""
-    if options.device.type == "cuda":
+    subject.release()  # so that all that this case holds is in its peak
+    on_gpu = options.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     make = subject.training_step if mode == "train" else subject.inference
     case = f"model/{subject.config.name}/{mode} batch {batch}"
@@ -285,24 +272,32 @@ def time_case(subject: Subject, batch: int, mode: str, options: Options) -> dict
         for parameter in subject.module.parameters()
     ):
         return {"gate": "a gradient is missing or not finite"}
+    floor = subject.floor_ms(mode)
+    told: dict[str, Any] = {"tflop": significant(subject.tflop(mode))}
+    if probe := options.load.probe():
+        told["probe_tflop_s"] = probe
+    repeats = repeats_of(floor * batch, options)
     with options.load.watched() as window:
         timing = measure(
             call,
             options.device,
-            repeats=options.repeats,
+            repeats=repeats,
             warmup=1,
-            progress=lambda done: say(f"{case}: repetition {done} of {options.repeats}"),
+            progress=lambda done: say(f"{case}: repetition {done} of {repeats}"),
         )
     if window.refusal:
         return {"gate": window.refusal}
-    floor = subject.floor_ms(mode)
-    value, p20, p80 = (significant(ms / batch) for ms in timing)
-    measured = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
-    measured["pct_of_floor"] = round(100 * floor / value, 1)
-    measured |= window.medians()
-    if options.device.type == "cuda":
-        measured["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return measured
+    told |= figures(timing, floor, batch) | window.medians()
+    if on_gpu:
+        told["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return told
+
+
+def repeats_of(floor: float, options: Options) -> int:
+    """How often a call of at least `floor` ms is timed: on a GPU for `LEAST_MS` if it can be."""
+    if options.device.type != "cuda":
+        return options.repeats
+    return max(options.repeats, min(MOST_REPEATS, int(LEAST_MS / floor)))
 
 
 def print_figures(record: dict[str, Any]) -> None:
@@ -345,7 +340,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backend",
         nargs="+",
-        choices=[*OURS, *PEERS],
+        choices=BACKENDS,
         help="of the ops: the fastest of each (ours), PyTorch's calls as they are or under "
         "torch.compile, the equations, or a peer; several allowed. Default: ours and, on a GPU, "
         "what it is held against",
@@ -396,7 +391,6 @@ def _reproducible(args: argparse.Namespace) -> dict[str, Any]:
         "clip": args.clip.name if args.clip != CLIP else None,
         "framerate": args.framerate if args.framerate != 24 else None,
         "repeats": args.repeats,
-        "resume": args.resume,
     }
     return {name: value for name, value in flags.items() if value}
 

@@ -1,6 +1,8 @@
 """A U-Net baseline as the throughput bench times it: eager or compiled, at its best setting."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from subject import CAPTURED, Options, Variant
@@ -9,8 +11,8 @@ from workload import SEED, Batch, load_batch
 
 from snapkernels.testing.numerics import relative_rms
 from snapkernels.testing.timing import measure
-from snapvideo_core import SnapDiffusion
-from snapvideo_core.capture import recorded
+from snapvideo_core import Conditioning, SnapDiffusion
+from snapvideo_core.capture import Outputs, recorded
 
 FORWARDS = {"infer": 1, "train": 3}  # no self-conditioning: forward, and a backward of two
 INCLUDES = {
@@ -26,7 +28,10 @@ LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
 
 
 class UNetSubject:
-    """One U-Net; see `Subject`. Of the two memory formats it has the faster one.
+    """One U-Net; see `Subject`.
+
+    It has the better of two memory formats in each mode, found by eager calls: Inductor lays
+    convolutions out by itself. cuDNN tries its algorithms (`torch.backends.cudnn.benchmark`).
 
     Args:
         config: its sizes.
@@ -39,69 +44,54 @@ class UNetSubject:
         self.config, self.variant, self.options = config, variant, options
         self.modes: tuple[str, ...] = ("infer", "train")
         self.gate_batch = batch
+        self._formats: dict[str, str] = {}
         torch.manual_seed(SEED)
         with options.device:
             self.module = UNet(config).to(options.dtype)
-        self.format = "contiguous"
+        self._call: Callable[..., torch.Tensor] = self.module
+        if variant.backend == "compile":
+            self._call = torch.compile(self.module, dynamic=False)
 
     def gated(self) -> tuple[str, dict[str, float]]:
-        """Choose the format, then hold the output of one video against a float64 copy."""
-        model = self.module.eval()
-        inputs = self._inputs(self._batch(self.gate_batch))
-        self._choose_format(inputs)
+        """Choose the formats, then hold what is timed against a float64 copy, on one video."""
+        data = self._batch(self.gate_batch)
+        x = SnapDiffusion(sigma_in=self.config.sigma_in).network_input(data.x_sigma, data.sigma)
+        wide = (one[:1].double() for one in (x, data.sigma, data.cond.text))
+        torch.backends.cudnn.benchmark = False  # it is slow to try those of float64
         with torch.no_grad():
-            x, *others = (one[:1] for one in inputs)
-            wide = [one.double() if one.is_floating_point() else one for one in others]
-            expected = unet_reference(model)(x.double(), *wide)
-            if self.variant.backend == "compile":
-                torch.compiler.reset()
-                model.compile(dynamic=False)
-            error = relative_rms(model(*inputs)[:1], expected)
+            expected = unet_reference(self.module)(*wide, data.cond.text_mask[:1])
+        torch.backends.cudnn.benchmark = True
+        for mode in self.modes:
+            self._formats[mode] = self._faster_format(mode, data)
+        _, found = self.inference(self.gate_batch)()
+        error = relative_rms(found[:1], expected)
         limit = LIMITS[self.options.dtype]
         ok = error <= limit
         verdict = "ok" if ok else f"relative rms error {error:.2e} vs float64, limit {limit:.2e}"
         eager = {"rms_eager": error} if self.variant.backend == "eager" else {}
         return verdict, {"rms_vs_fp64": error} | eager
 
-    def inference(self, batch: int) -> Callable[[], object]:
-        """One denoiser evaluation: c_in and c_skip scaling, network."""
-        data = self._batch(batch)
-        model = self.module.eval()
-        diffusion = SnapDiffusion(sigma_in=self.config.sigma_in)
-
-        @torch.no_grad()
-        def evaluate() -> tuple[torch.Tensor, torch.Tensor]:
-            x = diffusion.network_input(data.x_sigma, data.sigma)
-            result = model(x, data.sigma, data.cond.text, data.cond.text_mask)
-            skip, out = (
-                scale(data.sigma)[:, None, None, None, None]
-                for scale in (diffusion.c_skip, diffusion.c_out)
-            )
-            return torch.addcmul(skip * data.x_sigma, out, result), data.sigma
-
+    def inference(self, batch: int) -> Callable[[], Outputs]:
+        """One denoiser evaluation: c_in and c_skip scaling, network; it returns D and F."""
+        self._lay_out("infer")
+        self.module.eval()
+        evaluate = partial(denoised, self._call, self.config, self._batch(batch))
         if not self.options.capture:
             return evaluate
-        return recorded(evaluate, self.options.device, self.config.name)[0]
+        return Replayed(evaluate, *recorded(evaluate, self.options.device, self.config.name))
 
     def training_step(self, batch: int) -> Callable[[], object]:
         """A forward and a backward pass."""
-        data = self._batch(batch)
-        model = self.module.train()
-        diffusion = SnapDiffusion(sigma_in=self.config.sigma_in)
+        self._lay_out("train")
+        self.module.train()
+        return partial(step, self.module, self._call, self.config, self._batch(batch))
 
-        def step() -> None:
-            model.zero_grad(set_to_none=True)
-            eps = torch.randn_like(data.video)
-            x_sigma = diffusion.noise(data.video, eps, data.sigma)
-            x = diffusion.network_input(x_sigma, data.sigma)
-            result = model(x, data.sigma, data.cond.text, data.cond.text_mask)
-            diffusion.loss(result, data.video, eps, data.sigma).backward()
-
-        return step
+    def release(self) -> None:
+        """It keeps nothing."""
 
     def includes(self, mode: str) -> str:
         captured = self.options.capture and mode == "infer"
-        return f"{INCLUDES[mode]}; {self.format}" + CAPTURED * captured
+        return f"{INCLUDES[mode]}; {self._formats.get(mode)}" + CAPTURED * captured
 
     def tflop(self, mode: str) -> float:
         return unet_tflop(self.config) * FORWARDS[mode]
@@ -113,28 +103,64 @@ class UNetSubject:
         options = self.options
         return load_batch(options.clip, self.config, videos, options.framerate, options.device)
 
-    def _inputs(self, data: Batch) -> tuple[torch.Tensor, ...]:
-        diffusion = SnapDiffusion(sigma_in=self.config.sigma_in)
-        x = diffusion.network_input(data.x_sigma, data.sigma)
-        return x, data.sigma, data.cond.text, data.cond.text_mask
+    def _lay_out(self, mode: str) -> None:
+        lay_out(self.module, FORMATS[self._formats[mode]])
 
-    @torch.no_grad()
-    def _choose_format(self, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _faster_format(self, mode: str, data: Batch) -> str:
+        """By eager calls of the mode."""
+        model = self.module.train(mode == "train")
+        run: Callable[..., object] = partial(step, model) if mode == "train" else denoised
         times = {}
         for name, memory_format in FORMATS.items():
-            model = in_format(self.module, memory_format)
-            times[name] = measure(
-                lambda model=model: model(*inputs),  # type: ignore[misc]
-                self.options.device,
-                repeats=TRIAL_REPEATS,
-            ).median
-        self.format = min(times, key=times.__getitem__)
-        in_format(self.module, FORMATS[self.format])
+            lay_out(model, memory_format)
+            call = partial(run, model, self.config, data)
+            times[name] = measure(call, self.options.device, repeats=TRIAL_REPEATS).median
+        model.zero_grad(set_to_none=True)
+        return min(times, key=times.__getitem__)
 
 
-def in_format(model: UNet, memory_format: torch.memory_format) -> UNet:
-    """`model` with its weights of four dimensions laid out so, in place."""
+@dataclass
+class Replayed:
+    """Calls of a CUDA graph, with what it reads, which `evaluate` holds, and writes kept alive."""
+
+    evaluate: Callable[[], Outputs]
+    replay: Callable[[], None]
+    outputs: Outputs
+
+    def __call__(self) -> Outputs:
+        self.replay()
+        return self.outputs
+
+
+@torch.no_grad()
+def denoised(call: Callable[..., torch.Tensor], config: UNetConfig, data: Batch) -> Outputs:
+    """D and F of a batch by a U-Net, called as `call`."""
+    found = []
+
+    def network(
+        x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, _: torch.Tensor | None
+    ) -> Outputs:
+        found.append(call(x, sigma, cond.text, cond.text_mask))
+        return found[0], sigma
+
+    diffusion = SnapDiffusion(sigma_in=config.sigma_in)
+    result, _ = diffusion.denoise(network, data.x_sigma, data.sigma, data.cond)
+    return result, found[0]
+
+
+def step(model: UNet, call: Callable[..., torch.Tensor], config: UNetConfig, data: Batch) -> None:
+    """Every gradient of `model`, called as `call`, made anew."""
+    diffusion = SnapDiffusion(sigma_in=config.sigma_in)
+    model.zero_grad(set_to_none=True)
+    eps = torch.randn_like(data.video)
+    x_sigma = diffusion.noise(data.video, eps, data.sigma)
+    x = diffusion.network_input(x_sigma, data.sigma)
+    result = call(x, data.sigma, data.cond.text, data.cond.text_mask)
+    diffusion.loss(result, data.video, eps, data.sigma).backward()
+
+
+def lay_out(model: UNet, memory_format: torch.memory_format) -> None:
+    """Give the weights of four dimensions that format, in place."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
-    return model

@@ -18,7 +18,7 @@ from snapkernels import dispatch, env, registry, roofline
 from snapkernels.registry import OPS, Op
 from snapkernels.spec import Backend, Case
 from snapkernels.testing import bench, cases, cost, proofs, record, stamp
-from snapkernels.testing.load import Load, without_figure
+from snapkernels.testing.load import Load
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def _bench(args: argparse.Namespace) -> int:
                         op, case, direction, dtype, device, ceilings, rounds=args.rounds
                     )
                 if window.refusal:
-                    found = [without_figure(row, window.refusal) for row in found]
+                    found = [record.without_figure(row, window.refusal) for row in found]
                 rows += found
                 for row in found:
                     print(_line(row), flush=True)

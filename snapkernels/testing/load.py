@@ -4,7 +4,6 @@ import statistics
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -39,12 +38,15 @@ class Load:
         """Sample from time to time while inside; what was seen is in the window afterwards."""
         left, window = threading.Event(), Window()
 
+        def look() -> None:
+            sample, slowdowns = self._sample()
+            window.samples.append(sample)
+            window.slowdowns |= slowdowns
+
         def watch() -> None:
             wait = FIRST_S
             while not left.wait(wait):
-                sample, slowdowns = self._sample()
-                window.samples.append(sample)
-                window.slowdowns |= slowdowns
+                look()
                 wait = INTERVAL_S
 
         watcher = threading.Thread(target=watch, daemon=True)
@@ -56,6 +58,8 @@ class Load:
             left.set()
             if self.before:
                 watcher.join()
+                if not window.samples:  # it was over before the first
+                    look()
             self.inside += window.samples
 
     def fields(self) -> dict[str, list[float]]:
@@ -144,11 +148,3 @@ def _medians(samples: list[dict[str, float]]) -> dict[str, float]:
         for name in FIELDS
         if (told := [sample[name] for sample in samples if name in sample])
     }
-
-
-MEASURED = ("value", "p20", "p80", "pct_of_floor")
-
-
-def without_figure(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    """`row` of a record with `reason` as its gate, and without what was measured."""
-    return {name: told for name, told in row.items() if name not in MEASURED} | {"gate": reason}

@@ -21,6 +21,8 @@ RECORDS = ROOT / "bench" / "records"
 FIELDS = ("schema", "commit", "dirty", "taken", "command", "device", "versions", "ceilings", "rows")
 ROW_FIELDS = ("case", "variant", "batch", "unit", "better", "gate", "includes")
 MEASURED_FIELDS = ("value", "p20", "p80", "floor", "pct_of_floor", "tflop")
+# What was measured: a row whose gate is red has none of it.
+FIGURES = ("value", "p20", "p80", "pct_of_floor", "tb_s", "pct_of_copy", "saved_gib", "peak_gib")
 
 
 def new_record(
@@ -61,8 +63,8 @@ def problems(record: dict[str, Any]) -> list[str]:
     for index, row in enumerate(record.get("rows", [])):
         wanted = ROW_FIELDS + (MEASURED_FIELDS if row.get("gate") == "ok" else ())
         found += [f"row {index}: {name!r} is missing" for name in wanted if name not in row]
-        if row.get("gate") != "ok" and "value" in row:
-            found.append(f"row {index}: a value beside gate {row.get('gate')!r}")
+        told = [name for name in FIGURES if name in row and row.get("gate") != "ok"]
+        found += [f"row {index}: {name!r} beside gate {row.get('gate')!r}" for name in told]
     return found
 
 
@@ -77,9 +79,23 @@ def write(record: dict[str, Any], path: Path) -> None:
     replace_file(path, json.dumps(record, indent=1) + "\n")
 
 
+SO_FAR = " (so far)"
+
+
 def command_so_far(command: str, *, done: bool) -> str:
     """`command` as a record names it: of a run that goes on, which may be cut off, it says so."""
-    return command if done else f"{command} (so far)"
+    return command if done else command + SO_FAR
+
+
+def is_cut_off(record: dict[str, Any]) -> bool:
+    """Whether `record` is of a run that did not come to its end."""
+    return str(record["command"]).endswith(SO_FAR)
+
+
+def without_figure(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    """`row` with `reason` as its gate, and without what was measured."""
+    told = {name: value for name, value in row.items() if name not in FIGURES}
+    return told | {"gate": reason}
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -2,9 +2,11 @@
 
 import json
 
+import page
 import pytest
 import throughput
 import torch
+from made_records import make_records
 
 from snapkernels.testing.timing import Timing
 
@@ -24,3 +26,10 @@ def rows(monkeypatch, tmp_path):
         return json.loads(target.read_text())["rows"]
 
     return run_here
+
+
+@pytest.fixture(scope="session")
+def text():
+    """The page of made-up records."""
+    whole = make_records()
+    return page.render(whole, page.pictures(whole))

@@ -131,11 +131,24 @@ def test_views_cost_nothing_and_writing_in_place_does():
         x.to(torch.float32)
         x.t().reshape(24)  # a copy, then a view of it
         x.mul_(2)
+    assert [(op.name, op.moved) for op in counter.ops] == [("clone", 2 * 96), ("mul_", 96)]
+
+
+def test_a_tensor_that_is_named_twice_moves_once():
+    """The target of an op in place is given and made; two halves of one memory are two."""
+    counter, x, y = op_costs.Counter(), torch.zeros(4, 6), torch.ones(4, 6)
+    with counter:
+        x.copy_(y)
+        x.add_(y)
+        torch.mul(x, y, out=y)
         torch.cat([x, x])
+        x[2:].copy_(x[:2])
     assert [(op.name, op.moved) for op in counter.ops] == [
-        ("clone", 2 * 96),
-        ("mul_", 2 * 96),
-        ("cat", 4 * 96),
+        ("copy_", 2 * 96),
+        ("add_", 2 * 96),
+        ("mul", 2 * 96),
+        ("cat", 3 * 96),
+        ("copy_", 96),
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fit_subject import FITSubject
 from gate import Inputs, expected_output, judged
-from subject import Options, Variant
+from subject import PEERS, Options, Variant
 from support import CLIP
 from workload import build_model, load_batch
 
@@ -96,9 +96,9 @@ def test_torchao_is_given_the_linears_of_the_recipe_alone(monkeypatch):
     assert set(taken) == wanted | {"self_conditioning.ff.fc1", "self_conditioning.ff.fc2"}
 
 
-@pytest.mark.parametrize("name", list(peers.PEERS))
-def test_an_absent_peer_says_so_before_a_model_is_built(name, monkeypatch):
-    monkeypatch.setattr(peers, "PEERS", dict.fromkeys(peers.PEERS, "no_such_module_here"))
+@pytest.mark.parametrize("name", list(PEERS))
+def test_an_absent_peer_says_so(name, monkeypatch):
+    monkeypatch.setattr(peers, "NEEDS", dict.fromkeys(peers.NEEDS, "no_such_module_here"))
     with pytest.raises((ImportError, NotImplementedError), match="absent"):
         peers.require_peer(name)
 

@@ -11,7 +11,7 @@ import test_ops
 import torch
 
 from snapkernels.registry import OPS
-from snapkernels.testing import cases, record
+from snapkernels.testing import bench, cases, record
 from snapkernels.testing.bench import directions
 from snapkernels.testing.cost import compulsory_bytes
 
@@ -93,6 +93,19 @@ def test_on_a_gpu_it_is_the_papers_cases_without_noise_counted_in_eager(monkeypa
     assert any(wanted.values())
     cased = {case.name for op in OPS.values() for case in op.spec.cases if case.tier == "paper"}
     assert {case.name for _, case, _, _ in collected.values()} == cased
+
+
+def test_the_records_leave_out_the_same(monkeypatch):
+    """Both ask one function; here it is made to answer yes."""
+    asked = []
+    monkeypatch.setattr(bench, "slow_in_eager", lambda *case: asked.append(case) or True)
+    op, case, _ = cases.find(f"{TAIL}/fwd")
+    ceilings = {"copy_tb_s": 1.0, "bf16_tflop_s": 1.0}
+    cpu = torch.device("cpu")
+    rows = bench.bench(op, case, "fwd", torch.bfloat16, cpu, ceilings, rounds=1)
+    assert asked == [(case, "fwd", cpu)]
+    assert [row["variant"] for row in rows] == ["cpu-bf16", "copy-bf16"]
+    assert test_ops.slow_in_eager(case, "fwd", torch.device("cuda")) is False  # it has no seed
 
 
 PLANT = """

@@ -85,6 +85,16 @@ def test_clocks_within_5_percent_are_one_clock_and_none_is_said():
         assert tables.ratio_cell(one).endswith(", no clock")
 
 
+@pytest.mark.parametrize("probe", [784.0, 816.0])
+def test_the_spread_reaches_to_what_equal_clocks_would_have_given(probe):
+    over, under = row(value=3.0, probe_tflop_s=probe), row(value=2.0)
+    one, even = ratio(over, under), ratio(over | {"probe_tflop_s": 800.0}, under)
+    assert one.value == even.value == 1.5
+    slow = probe < 800  # its clock, so that at an equal one it takes less time
+    assert one.low == pytest.approx(even.low * (probe / 800 if slow else 1))
+    assert one.high == pytest.approx(even.high * (1 if slow else probe / 800))
+
+
 def test_the_papers_ratios_are_those_it_prints():
     empty = paper_ratios(record())
     assert [round(one.paper, 2) for one in empty] == [3.31, 4.49, 1.24]
@@ -106,7 +116,7 @@ def test_ours_beside_the_papers_are_of_the_fastest_row_of_each_model():
     assert training.here.value is None
     assert inference.here.value == pytest.approx(4.0)
     assert large.here.refused == "model/3.9b/infer: out of memory"
-    assert cells(tables.paper(rows))[1] == {
+    assert cells(tables.paper_table(rows))[1] == {
         "ratio of ms/video": "U-Net 284M / FIT 500M, inference",
         "paper, A100": "4.49",
         "here (low-high)": "4 (3-5.33)",
@@ -114,37 +124,46 @@ def test_ours_beside_the_papers_are_of_the_fastest_row_of_each_model():
     }
 
 
-def test_peers_are_compared_at_equal_batches_and_each_of_our_variants_is():
+def test_each_of_our_rows_is_held_to_the_fastest_peer_of_any_batch_and_format():
     rows = record(
         row(batch=16, value=2.0),
-        row(batch=64, value=1.6),
+        row(batch=64, value=1.5),
         row(variant="ours-fp8", batch=64, value=1.0),
-        row(variant="eager-bf16", batch=16, value=1.2),  # its fastest, at another batch
-        row(variant="eager-bf16", batch=64, value=2.4),
-        row(variant="compile-bf16", batch=64, value=2.0),
-        red(variant="torchao-fp8", batch=64),
+        row(variant="eager-bf16", batch=16, value=2.4),
+        row(variant="compile-bf16", batch=64, value=1.8),
+        row(variant="torchao-fp8", batch=64, value=1.2),
+        red(variant="te-fp8", batch=64),
+        row(variant="eager-bf16", value=0.1) | {"gate": "wrong"},
+        row(case="model/500m/train", variant="eager-bf16", value=0.2),
     )
     ratios = against_peers(rows)["model/500m/infer"]
     found = [(r.under["variant"], r.under["batch"], r.over["variant"], r.value) for r in ratios]
     assert found == [
-        ("ours-bf16", 16, "eager-bf16", pytest.approx(0.6)),
-        ("ours-bf16", 64, "compile-bf16", pytest.approx(1.25)),
-        ("ours-fp8", 64, "compile-bf16", pytest.approx(2.0)),
+        ("ours-bf16", 16, "torchao-fp8", pytest.approx(0.6)),  # its only peer at 16 is slower
+        ("ours-bf16", 64, "torchao-fp8", pytest.approx(0.8)),
+        ("ours-fp8", 64, "torchao-fp8", pytest.approx(1.2)),
     ]
-    assert [one["ratio (low-high)"] for one in cells(tables.peers(rows))] == [
-        "0.6 (0.45-0.8), loss",
-        "1.25 (0.938-1.67)",
-        "2 (1.5-2.67)",
+    shown = cells(tables.peers_table(rows))
+    assert [one["ratio (low-high)"] for one in shown] == [
+        "0.6 (0.45-0.8), loss, batches differ",
+        "0.8 (0.6-1.07), loss",
+        "1.2 (0.9-1.6)",
     ]
+    assert {one["best peer"] for one in shown} == {"torchao-fp8, batch 64"}
+    assert against_peers(rows)["model/500m/train"] == []
 
 
-def test_where_no_batch_is_equal_the_fastest_of_each_say_so():
-    rows = record(row(batch=16), row(batch=64), row(variant="eager-bf16", batch=8, value=3.0))
-    (one,) = against_peers(rows)["model/500m/infer"]
-    assert one.value == pytest.approx(1.5) and one.note == "batches differ"
-    (line,) = cells(tables.headline(rows))
-    assert line["best peer"] == "eager-bf16, batch 8"
-    assert line["ratio (low-high)"] == "1.5 (1.13-2), batches differ"
+def test_a_loss_to_a_peer_at_another_batch_is_a_loss_in_the_headline():
+    rows = record(
+        row(batch=16, value=2.0),
+        row(batch=64, value=1.5),
+        row(variant="eager-bf16", batch=64, value=2.4),
+        row(variant="eager-bf16", batch=256, value=1.2),
+    )
+    (line,) = cells(tables.headline_table(rows))
+    assert line["ours"] == "ours-bf16, batch 64"
+    assert line["best peer"] == "eager-bf16, batch 256"
+    assert line["ratio (low-high)"] == "0.8 (0.6-1.07), loss, batches differ"
 
 
 def test_the_headline_has_our_fastest_row_and_marks_a_loss():
@@ -155,7 +174,7 @@ def test_the_headline_has_our_fastest_row_and_marks_a_loss():
         red(case="model/3.9b/infer"),
         row(case="model/3.9b-up/train", batch=4, value=8.0),
     )
-    lost, unet, failed, alone = cells(tables.headline(rows))
+    lost, unet, failed, alone = cells(tables.headline_table(rows))
     assert lost["ours"] == "ours-bf16, batch 16" and lost["paper, A100"] == "23.4"
     assert lost["ratio (low-high)"] == "0.5 (0.375-0.667), loss"
     assert (unet["ours"], unet["best peer"]) == ("none", "compile-bf16, batch 16")
@@ -163,23 +182,23 @@ def test_the_headline_has_our_fastest_row_and_marks_a_loss():
     assert (alone["best peer"], alone["ratio (low-high)"]) == (tables.NO_PEER, "")
 
 
-def test_the_headline_says_at_which_batch_a_ratio_is_where_it_is_not_our_fastest():
-    rows = record(row(value=2.0), row(batch=256, value=1.0), row(variant="eager-bf16", value=3.0))
-    (line,) = cells(tables.headline(rows))
-    assert line["ours"] == "ours-bf16, batch 256"
-    assert line["ratio (low-high)"] == "1.5 (1.13-2), both at batch 16"
-
-
-def test_absent_peers_are_lines_below_and_what_ran_out_of_memory_is_a_row():
+def test_absent_peers_are_lines_below_and_one_that_is_red_is_a_row():
     reason = "te is absent: No module\nnamed 'transformer_engine'"
     rows = record(
         row(),
-        red(variant="te-fp8", gate=reason, peer=True),
-        red(variant="te-fp8", gate=reason, batch=64, peer=True),
+        red(variant="te-fp8", gate=reason, peer=True, absent=True),
+        red(variant="te-fp8", gate=reason, batch=64, peer=True, absent=True),
         red(variant="xformers-bf16", peer=True),
+        red(variant="torchao-fp8", gate="relative rms error 0.9", peer=True),
+        red(variant="flash-attn-bf16", gate="software thermal slowdown", peer=True),
         red(variant="eager-bf16", gate="a | b"),
     )
     assert tables.absent_peers(rows) == ["te-fp8: " + reason.replace("\n", " ")]
-    shown = tables.markdown(tables.figures(rows))
-    assert "te-fp8" not in shown and "no figure: out of memory" in shown
-    assert "no figure: a \\| b" in shown  # a bar would end the cell
+    shown = cells(tables.rows_table(rows))
+    why = {one["variant"]: one["ms/video (p20-p80)"] for one in shown}
+    assert why["xformers-bf16"] == "no figure: out of memory"
+    assert why["torchao-fp8"] == "no figure: relative rms error 0.9"
+    assert why["flash-attn-bf16"] == "no figure: software thermal slowdown"
+    assert "te-fp8" not in why
+    # A bar would end the cell.
+    assert "no figure: a \\| b" in tables.markdown(tables.rows_table(rows))

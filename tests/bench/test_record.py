@@ -54,7 +54,7 @@ def test_a_record_says_where_when_and_of_which_commit(figures, tmp_path):
         (lambda r: r.update(schema=2), "schema is 2, not 1"),
         (lambda r: r["rows"][0].pop("floor"), "row 0: 'floor' is missing"),
         (lambda r: r["rows"][0].pop("includes"), "row 0: 'includes' is missing"),
-        (lambda r: r["rows"][0].update(gate="red"), "row 0: a value beside gate 'red'"),
+        (lambda r: r["rows"][0].update(gate="red"), "row 0: 'value' beside gate 'red'"),
     ],
 )
 def test_a_record_out_of_form_is_not_written(break_it, message, figures, tmp_path):
@@ -122,6 +122,27 @@ def test_readme_table_is_what_the_records_say():
     readme = (record.ROOT / "README.md").read_text()
     assert report.rendered(readme) == readme
     assert report.rendered(readme.replace("| model/", "| model/x")) == readme
+
+
+def test_a_run_that_was_cut_off_is_not_told_in_the_readme(figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "h200").mkdir()
+    path = tmp_path / "h200" / "2026-01-01-throughput.json"
+    readme = tmp_path / "README.md"
+    before = f"{report.BEGIN} old {report.END}"
+    readme.write_text(before)
+    figures["command"] = record.command_so_far("python bench/throughput.py", done=False)
+    record.write(figures, path)
+    for arguments in ([], ["--check"]):
+        assert report.main(arguments) == 2
+        assert capsys.readouterr().err == (
+            f"error: {path.name} is of a run that was cut off: go on with it by --resume\n"
+        )
+    assert readme.read_text() == before
+    figures["command"] = record.command_so_far("python bench/throughput.py", done=True)
+    record.write(figures, path)
+    assert report.main([]) == 0 and "eager-bf16" in readme.read_text()
 
 
 def test_a_readme_without_markers_is_refused():
@@ -236,6 +257,26 @@ def test_a_shared_gpu_is_found_by_memory_or_by_work(
 
 
 def test_without_a_figure_a_row_keeps_what_was_not_measured():
-    row = load.without_figure(ROW | {"peak_gib": 1.0}, "wrong")
-    assert row["gate"] == "wrong" and row["case"] == ROW["case"]
-    assert record.problems({"schema": 1, "rows": [row]} | dict.fromkeys(record.FIELDS[1:-1])) == []
+    whole = ROW | {"peak_gib": 1.0, "tb_s": 1.0, "pct_of_copy": 9.0, "saved_gib": 0.1, "batch": 2}
+    row = record.without_figure(whole, "wrong")
+    names = ("case", "variant", "batch", "unit", "better", "floor", "tflop", "includes")
+    assert row == {name: whole[name] for name in names} | {"gate": "wrong"}
+    form = {"schema": 1} | dict.fromkeys(record.FIELDS[1:-1])
+    assert record.problems(form | {"rows": [row]}) == []
+    assert record.problems(form | {"rows": [row | {"tb_s": 1.0}]}) == [
+        "row 0: 'tb_s' beside gate 'wrong'"
+    ]
+
+
+def test_a_run_that_is_not_done_is_cut_off(figures):
+    assert not record.is_cut_off(figures)
+    command = record.command_so_far(figures["command"], done=False)
+    assert record.is_cut_off(figures | {"command": command})
+
+
+def test_what_was_over_before_the_first_sample_has_one(gpu_that_tells):
+    told = gpu_that_tells(["345", "70.5", "0x0"], ["1980", "700", "0x0000000000000008"])
+    with told.watched() as window:
+        pass
+    assert window.medians() == {"sm_clock_mhz": 1980.0, "power_w": 700.0}
+    assert window.refusal == "the GPU was slowed down: hardware slowdown"

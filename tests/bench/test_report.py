@@ -1,111 +1,19 @@
-"""The page: its figures, what it says of a missing record, and how it behaves in a browser."""
+"""The page: its figures, what it says of a missing record, and the command that makes it."""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
-from base64 import b64decode, b64encode
+from base64 import b64decode
 
 import figures
 import page
 import pytest
 import report
-import torch
+from made_records import PARTS, as_red, make_records, red, row
 
 from snapkernels.testing import record
-
-CEILINGS = {"copy_tb_s": 4.0, "bf16_tflop_s": 800.0, "fp8_tflop_s": 1600.0}
-MODELS = {"500m": 2.0, "3.9b": 10.0}
-PARTS = {"stem": (0.1, 4e-4), "read": (0.3, 0.1), "write FF": (0.5, 0.35)}  # ms and TFLOP, shares
-
-
-def row(case, variant, batch, value, **more):
-    return {
-        "case": case,
-        "variant": variant,
-        "batch": batch,
-        "unit": "ms/video",
-        "better": "lower",
-        "gate": "ok",
-        "includes": "one denoiser evaluation, no guidance",
-        "value": value,
-        "p20": 0.95 * value,
-        "p80": 1.05 * value,
-        "floor": 0.6 * value,
-        "pct_of_floor": 60.0,
-        "tflop": 0.5 * value,
-    } | more
-
-
-def red(gate, case, variant, batch, **more):
-    whole = row(case, variant, batch, 1.0, **more) | {"gate": gate}
-    return {key: one for key, one in whole.items() if key not in record.MEASURED_FIELDS}
-
-
-def throughput_rows():
-    for model, ms in MODELS.items():
-        for batch in (16, 64):
-            for variant, factor in {"ours-bf16": 1.0, "eager-bf16": 1.4, "ours-fp8": 0.6}.items():
-                yield row(f"model/{model}/infer", variant, batch, ms * factor * (1 + 1 / batch))
-        yield row(f"model/{model}/train", "ours-bf16", 16, 4 * ms)
-        yield row(f"model/{model}/train", "eager-bf16", 16, 3 * ms)
-        yield red("te is absent", f"model/{model}/infer", "te-fp8", 16, peer=True)
-
-
-def costs_rows():
-    for model, ms in MODELS.items():
-        for variant, factor in {"ours-bf16": 1.0, "ours-fp8": 0.6}.items():
-            value = ms * factor
-            parts = [
-                {
-                    "part": name,
-                    "ops": {"linear": 2},
-                    "ms": share * value,
-                    "predicted_ms": 0.5 * share * value,
-                    "tflop": tflop * ms,
-                    "gb": value * share * 2,
-                }
-                for name, (share, tflop) in PARTS.items()
-            ]
-            yield row(f"model/{model}/infer", variant, 16, value) | {
-                "explained_pct": 90.0,
-                "parts": parts,
-                "blocks": [{"block": 0, "ms": 0.9 * value, "predicted_ms": 0.4 * value}],
-                "rest": {"between the parts": 0.1 * value},
-            }
-
-
-def scaling_rows():
-    for axis in ("tokens", "batch", "latents"):
-        for variant, factor in {"ours-bf16": 1.0, "eager-bf16": 1.5}.items():
-            for size in (256, 512, 1024):
-                more = {"unit": "ms", "axis": axis, "point": size}
-                if variant == "eager-bf16" and size == 1024:
-                    yield red("out of memory", "model/3.9b-up/infer", variant, 1, **more)
-                else:
-                    peak = {"peak_gib": factor * size / 100}
-                    ms = factor * size / 10
-                    yield row("model/3.9b-up/infer", variant, 1, ms, **more, **peak)
-
-
-def make_records():
-    rows = {
-        "throughput": throughput_rows(),
-        "costs": costs_rows(),
-        "model_scaling": scaling_rows(),
-    }
-    load = {"sm_clock_mhz": [345.0, 1755.0], "power_w": [80.0, 690.0]}
-    found = {}
-    for name, some in rows.items():
-        command = f"python bench/{name}.py"
-        found[name] = record.new_record(command, torch.device("cpu"), load, CEILINGS, list(some))
-        assert record.problems(found[name]) == []
-    found["model_scaling"] |= {
-        "exponents": {"infer tokens ours-bf16": 1.02},
-        "memory_exponents": {"infer tokens ours-bf16": 0.77},
-    }
-    return found
 
 
 @pytest.fixture
@@ -120,12 +28,6 @@ def folder(records, tmp_path):
     for name, one in records.items():
         record.write(one, home / f"2026-01-01-{name}.json")
     return home
-
-
-@pytest.fixture(scope="module")
-def text():
-    whole = make_records()
-    return page.render(whole, page.pictures(whole))
 
 
 def test_the_command_writes_page_and_figures_and_leaves_the_readme(folder, tmp_path, monkeypatch):
@@ -155,6 +57,16 @@ def test_the_readme_is_rewritten_and_checked(tmp_path, monkeypatch, capsys):
     assert readme.read_text() == "no markers"
 
 
+@pytest.mark.parametrize(
+    ("processes", "where"), [(1, "in the same process"), (3, "in the first of its 3 processes")]
+)
+def test_the_readme_says_of_which_process_the_ceilings_are(records, monkeypatch, processes, where):
+    path = record.RECORDS / "h200" / "2026-01-01-throughput.json"
+    taken = records["throughput"] | {"processes": processes}
+    monkeypatch.setattr(report, "newest", lambda _: (path, taken))
+    assert f"ceilings measured {where}: copy_tb_s" in report.section()
+
+
 def test_the_page_says_where_when_and_of_which_commit_and_no_path(records, text):
     one = records["costs"]
     told = [one["commit"][:10], one["versions"]["torch"], "345, 1755 MHz", "80, 690 W"]
@@ -165,13 +77,35 @@ def test_the_page_says_where_when_and_of_which_commit_and_no_path(records, text)
 
 def test_a_figure_without_a_record_is_a_line_that_says_what_makes_it(records):
     del records["costs"]
-    for one in records["model_scaling"]["rows"]:
-        one["gate"] = "out of memory"
     drawn = page.pictures(records)
     text = page.render(records, drawn)
-    assert list(drawn) == ["table2"] and text.count("<img") == 1
+    assert list(drawn) == ["table2", "scaling"] and text.count("<img") == 2
     assert text.count("<code>python bench/costs.py --json FILE</code>") == 2
-    assert text.count("<code>python bench/model_scaling.py --json FILE</code>") == 1
+    assert "is of a run that was cut off" not in text
+
+
+def test_a_record_of_a_run_that_was_cut_off_says_so_above_all_figures(records):
+    records["costs"]["command"] = record.command_so_far("python bench/costs.py", done=False)
+    head, _ = page.render(records, {}).split("<section", 1)
+    assert head.count("is of a run that was cut off") == 1
+    assert '<p class="loss">costs is of a run that was cut off' in head
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_rows_without_a_figure_are_in_the_tables_with_their_reasons(records, count):
+    costs = records["costs"]["rows"]
+    for index, one in enumerate(costs[:count]):
+        costs[index] = as_red(one, f"wrong by {index}")
+    text = page.render(records, page.pictures(records))
+    sections = {name: text.split(f'<section id="{name}">')[1] for name in ("roofline", "ops")}
+    for section in sections.values():
+        rows = section.split("</table>")[0]
+        assert [rows.count(f"<td>no figure: wrong by {k}</td>") for k in range(count)] == [
+            1
+        ] * count
+    # All of them are red in the second case: no figure, but not for want of a record.
+    assert text.count("<p>No figure: all rows are red.</p>") == (2 if count == len(costs) else 0)
+    assert "--json FILE" not in text
 
 
 def test_what_a_record_says_is_text_on_the_page(records):
@@ -267,11 +201,22 @@ def test_a_curve_says_its_exponent_and_where_memory_ran_out(records):
     assert len(axes) == 6
     told = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert told == ["ours-bf16: exponent 1.02", "eager-bf16"]
-    assert [text.get_text() for text in axes[0].texts] == ["out of memory"]
+    assert [text.get_text() for text in axes[0].texts] == ["out of\nmemory"]
     assert "exponent 0.77" in axes[3].get_legend().get_texts()[0].get_text()
     ours, eager, lost = axes[0].lines
     assert list(ours.get_xdata()) == [256, 512, 1024] and list(eager.get_xdata()) == [256, 512]
     assert list(lost.get_xdata()) == [1024]
+
+
+def test_every_x_has_the_reason_of_its_own_row_and_axes_of_red_rows_are_drawn(records):
+    rows = records["model_scaling"]["rows"]
+    for index, one in enumerate(rows):
+        if one["axis"] == "batch" or (one["variant"], one["point"]) == ("eager-bf16", 512):
+            rows[index] = as_red(one, "relative rms error 0.9")
+    axis = figures.scaling(records["model_scaling"]).axes[0]
+    found = [(text.xy[0], text.get_text()) for text in axis.texts]
+    assert found == [(512, "red"), (1024, "out of\nmemory")]
+    assert figures.png(figures.scaling, records["model_scaling"]).startswith(b"\x89PNG")
 
 
 def test_bars_are_of_the_fastest_batch_beside_the_papers(records):
@@ -298,159 +243,3 @@ def test_a_model_of_which_one_mode_has_no_figure_leaves_its_place_empty(records)
     shown = {axis.get_title(): axis.axison for axis in drawn.axes}
     assert shown["unet-85m, inference"] and not shown[""] and "unet-85m, training" not in shown
     assert figures.png(figures.table2, records["throughput"]).startswith(b"\x89PNG")
-
-
-# How an image looks to the browser: the variance of its pixels' red.
-SPREAD = """
-const [image, done] = arguments;
-image.decode().catch(() => {}).then(() => {
-  if (!image.complete || !image.naturalWidth) return done(null);
-  const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-  const context = canvas.getContext("2d");
-  context.drawImage(image, 0, 0);
-  const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
-  let sum = 0, squares = 0, count = 0;
-  for (let i = 0; i < pixels.length; i += 4) {
-    sum += pixels[i]; squares += pixels[i] ** 2; count++;
-  }
-  done(squares / count - (sum / count) ** 2);
-});
-"""
-LEFT = """
-return performance.getEntriesByType("resource").map(entry => entry.name)
-  .filter(name => !name.startsWith("data:"))
-"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no browser here: install chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("no-sandbox", "headless=new", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=Service(driver))
-    opened.set_script_timeout(20)
-    yield opened
-    opened.quit()
-
-
-def wrong_with(browser, path, count=4):
-    """What a reader of the page at `path` would miss; empty where nothing is wrong."""
-    found = [f"names {url}" for url in re.findall(r"https?://\S+", path.read_text())]
-    browser.get(path.as_uri())
-    images = browser.find_elements("tag name", "img")
-    if len(images) != count:
-        found.append(f"{len(images)} figures, not {count}")
-    for number, image in enumerate(images):
-        spread = browser.execute_async_script(SPREAD, image)
-        if spread is None:
-            found.append(f"figure {number} is broken")
-        elif spread < 10:
-            found.append(f"figure {number} is blank")
-    found += sorting_fails(browser) + choosing_fails(browser)
-    found += [f"loads {name}" for name in browser.execute_script(LEFT)]
-    log = browser.get_log("browser")
-    return found + [f"console: {e['message']}" for e in log if e["level"] == "SEVERE"]
-
-
-def sorting_fails(browser):
-    """Every table by each of its columns, up and down."""
-    for table in browser.find_elements("css selector", "section > .wide > table"):
-        heads = table.find_elements("css selector", "th button")
-        before = sorted(texts(browser, table))
-        for column, head in enumerate(heads):
-            orders = []
-            for _ in range(2):
-                browser.execute_script("arguments[0].click()", head)
-                lines = texts(browser, table)
-                if sorted(lines) != before:
-                    return ["sorting loses rows"]
-                numbers = [re.match(r"\d+(\.\d+)?(?![\w.])", line[column]) for line in lines]
-                orders.append([float(one.group()) for one in numbers if one])
-            if not all(map(len, orders)):
-                continue
-            if orders[0] != sorted(orders[0]) or orders[1] != sorted(orders[1], reverse=True):
-                return [f"column {head.text!r} does not sort"]
-    return []
-
-
-def texts(browser, table):
-    script = (
-        "return [...arguments[0].tBodies[0].rows].map(r => [...r.cells].map(c => c.textContent))"
-    )
-    return browser.execute_script(script, table)
-
-
-def choosing_fails(browser):
-    """By model and by variant: only their rows are left, and all come back."""
-    rows = browser.find_elements("css selector", "table.rows tbody tr")
-    seen = "return arguments[0].map(row => row.hidden ? null : {...row.dataset})"
-    pick = """
-    const select = document.getElementById(arguments[0]);
-    select.selectedIndex = arguments[1];
-    select.dispatchEvent(new Event("change"));
-    return select.value;
-    """
-    for kind in ("model", "variant"):
-        value = browser.execute_script(pick, kind, 1)
-        left = [one for one in browser.execute_script(seen, rows) if one is not None]
-        if {one[kind] for one in left if kind in one} != {value}:
-            return [f"choosing a {kind} does not"]
-        browser.execute_script(pick, kind, 0)
-        if None in browser.execute_script(seen, rows):
-            return [f"rows stay hidden after a {kind} was chosen"]
-    return []
-
-
-def written(text, tmp_path):
-    path = tmp_path / "page.html"
-    path.write_text(text)
-    return path
-
-
-def test_the_page_works_in_a_browser(browser, text, tmp_path):
-    assert wrong_with(browser, written(text, tmp_path)) == []
-
-
-def test_the_page_of_the_committed_records_works_in_a_browser(browser, tmp_path):
-    records = report.load(None)
-    drawn = page.pictures(records)
-    path = written(page.render(records, drawn), tmp_path)
-    assert wrong_with(browser, path, len(drawn)) == []
-
-
-def blank():
-    from matplotlib.figure import Figure
-
-    return b64encode(figures.png(lambda _: Figure(), {})).decode()
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda text: re.sub(r"base64,iVBORw0KGgo", "base64,AAAAAAAAAAA", text, count=1), "broken"),
-        (
-            lambda text: re.sub(r"base64,[^\"]+", f"base64,{blank()}", text, count=1),
-            "blank",
-        ),
-        (lambda text: re.sub(r"<img [^>]+>", "", text, count=1), "3 figures, not 4"),
-        (lambda text: text.replace("<script>", "<script>nothing.there();"), "console"),
-        (lambda text: text.replace('"click"', '"clack"'), "does not sort"),
-        (lambda text: text.replace("sign * compare(text(a), text(b))", "-1"), "does not sort"),
-        (lambda text: text.replace('"change"', '"changed"'), "choosing a model does not"),
-        (lambda text: text.replace("<h1>", '<h1><img src="http://x.invalid/a.png">'), "names http"),
-        (lambda text: text.replace("<h1>", '<h1><img src="a.png">'), "console"),  # by its policy
-    ],
-)
-def test_a_page_with_a_bug_is_seen(break_it, message, browser, text, tmp_path):
-    broken = break_it(text)
-    assert broken != text
-    assert message in "; ".join(wrong_with(browser, written(broken, tmp_path)))

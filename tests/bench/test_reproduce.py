@@ -1,23 +1,30 @@
 """The one command: every record, then the report of them."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import reproduce
 import torch
 
-from snapkernels.testing.record import RECORDS
+from snapkernels.testing.record import SO_FAR
 
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The commands of a run, and the exit codes that they are to have, 0 where none is set."""
-    commands, codes = [], {}
+    """The commands of a run, and what programs are to do, else end with 0 and a whole record."""
+    commands, doings = [], {}
 
     def run(program, *flags):
         commands.append((program, *flags))
-        return codes.get(program, 0)
+        code, wrote = doings.get(program, (0, ""))
+        if "--json" in flags and wrote is not None:
+            Path(flags[-1]).write_text(json.dumps({"command": f"python {program}{wrote}"}))
+        return code
 
     monkeypatch.setattr(reproduce, "run", run)
-    return commands, codes
+    return commands, doings
 
 
 def test_every_record_of_the_page_is_measured_and_then_the_page_made(ran, tmp_path):
@@ -33,28 +40,62 @@ def test_every_record_of_the_page_is_measured_and_then_the_page_made(ran, tmp_pa
     assert {"--records", "--html", "--png"} <= set(commands[3])
 
 
-def test_on_a_gpu_the_records_go_to_its_folder_and_the_readme_tells_them(ran, monkeypatch):
+def test_on_a_gpu_the_records_go_to_its_folder_and_the_readme_tells_them(
+    ran, monkeypatch, tmp_path
+):
     commands, _ = ran
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(reproduce, "RECORDS", tmp_path)
+    monkeypatch.setattr(reproduce, "gpu_name", lambda: "NVIDIA H200")
     assert reproduce.main([]) == 0
-    assert all(command[2].startswith(str(RECORDS / "h200")) for command in commands[:3])
+    assert all(command[2].startswith(str(tmp_path / "h200")) for command in commands[:3])
     assert commands[-1] == ("bench/report.py",)
 
 
+def test_the_gpu_is_asked_for_in_another_process(monkeypatch):
+    expected = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+    def in_this_one(*_):
+        raise AssertionError("a context of ours is made while the benches run")
+
+    for call in ("is_available", "get_device_name", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, call, in_this_one)
+    assert reproduce.gpu_name() == expected
+
+
 def test_a_red_gate_does_not_stop_the_others_and_is_told(ran, tmp_path):
-    commands, codes = ran
-    codes["bench/throughput.py"] = 1
+    commands, doings = ran
+    doings["bench/throughput.py"] = (1, "")
     assert reproduce.main(["--folder", str(tmp_path)]) == 1
     assert len(commands) == 4
 
 
 @pytest.mark.parametrize("program", ["bench/throughput.py", "bench/report.py"])
 def test_what_cannot_run_stops_it(ran, tmp_path, program):
-    commands, codes = ran
-    codes[program] = 2
+    commands, doings = ran
+    doings[program] = (2, "")
     assert reproduce.main(["--folder", str(tmp_path)]) == 2
     assert commands[-1][0] == program
+
+
+@pytest.mark.parametrize("code", [0, 1])
+@pytest.mark.parametrize(
+    ("wrote", "message"),
+    [(None, "bench/costs.py wrote no record"), (SO_FAR, "bench/costs.py was cut off")],
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_a_program_that_did_not_come_to_its_end_stops_it(
+    ran, tmp_path, capsys, code, wrote, message, older
+):
+    commands, doings = ran
+    if older:  # the whole record of a run before it
+        assert reproduce.main(["--folder", str(tmp_path)]) == 0
+        for path in tmp_path.iterdir():
+            os.utime(path, (0, 0))
+    doings["bench/costs.py"] = (code, wrote)  # an exception ends Python with 1, as a red gate
+    assert reproduce.main(["--folder", str(tmp_path)]) == 2
+    assert commands[-1][0] == "bench/costs.py"
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith(f"error: {message}")
 
 
 def test_the_folder_of_a_gpu():
@@ -80,7 +121,7 @@ def test_a_program_is_run_and_its_code_returned(tmp_path):
 def test_bad_input_is_refused_before_anything_is_measured(
     ran, monkeypatch, capsys, arguments, message
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(reproduce, "gpu_name", lambda: "")
     with pytest.raises(SystemExit) as stopped:
         reproduce.main(arguments)
     assert stopped.value.code == 2 and not ran[0]

@@ -256,37 +256,6 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(monkeypatch, tmp_path):
     assert {row["case"] for row in written["rows"]} == {"model/tiny/infer", "model/tiny/train"}
 
 
-def test_a_run_that_was_cut_off_goes_on_with_what_it_has(rows, tmp_path, capsys):
-    target = tmp_path / "figures.json"
-    rows("--mode", "infer")
-    first = json.loads(target.read_text())["rows"]
-    found = rows("--mode", "infer", "--backend", "ours", "eager", "--resume")
-    assert found[:1] == first and [row["variant"] for row in found] == ["ours-fp32", "eager-fp32"]
-    assert f"tiny: ours-fp32 is in {target} already" in capsys.readouterr().err
-    assert json.loads(target.read_text())["command"].endswith("--resume")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"commit": "0" * 40}, "its commit is 0000000"),
-        ({"versions": {"torch": "1"}}, "its versions is {'torch': '1'}"),
-        ({"device": {"name": "NVIDIA H100"}}, "it is of a NVIDIA H100"),
-        ({"schema": 2}, "schema is 2, not 1"),
-        (None, "it is no record"),
-    ],
-)
-def test_a_run_does_not_go_on_with_a_record_of_another(rows, tmp_path, capsys, change, message):
-    target = tmp_path / "figures.json"
-    rows("--mode", "infer")
-    written = json.loads(target.read_text()) | (change or {})
-    before = json.dumps(written) if change else "[]"
-    target.write_text(before)
-    assert throughput.main(["--preset", "tiny", "--json", str(target), "--resume"]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert target.read_text() == before
-
-
 def test_no_speed_on_a_red_gate(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(fit_subject, "judged", lambda *_: ("wrong", {"rms_vs_fp64": 1.0}))

@@ -1,14 +1,19 @@
 """The throughput bench's other rows: U-Nets, peers, and figures that are refused."""
 
 import contextlib
+import gc
+import weakref
 
 import fit_subject
 import pytest
 import throughput
 import torch
 import unet_subject
-from subject import Variant
+from subject import CAPTURED, Options, Variant
+from support import CLIP
+from unet import UNETS
 from unet_subject import UNetSubject
+from workload import build_model
 
 from snapkernels.testing import load
 from snapkernels.testing.load import Load
@@ -25,18 +30,55 @@ def test_a_unet_has_a_row_of_each_mode_and_eager_stands_for_ours(rows):
     assert infer["includes"].endswith(("; contiguous", "; channels last"))
 
 
-def test_the_unets_format_is_the_faster_one(rows, monkeypatch):
-    times = iter([Timing(2.0, 2.0, 2.0), Timing(1.0, 1.0, 1.0)])
-    monkeypatch.setattr(unet_subject, "measure", lambda *_, **__: next(times))
-    seen = []
-    whole = UNetSubject.inference
-    monkeypatch.setattr(
-        UNetSubject, "inference", lambda self, batch: seen.append(self) or whole(self, batch)
-    )
-    (row,) = rows("--preset", "unet-tiny", "--backend", "eager", "--mode", "infer")
-    assert row["includes"].endswith("; channels last")
-    weights = [one for one in seen[0].module.parameters() if one.dim() == 4 and one.shape[-1] > 1]
-    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in weights)
+def are_last(model):
+    weights = [one for one in model.parameters() if one.dim() == 4 and one.shape[-1] > 1]
+    return {one.is_contiguous(memory_format=torch.channels_last) for one in weights}
+
+
+def test_the_unets_format_is_the_faster_one_of_each_mode(rows, monkeypatch):
+    """Of four trials, two a mode: inference is faster contiguous, training channels-last."""
+    tried, timed = [], []
+
+    def measure(call, *_, **__):
+        call()
+        model = call.args[0]
+        tried.append((model.training, are_last(model)))
+        ms = 1.0 if tried[-1] in ((False, {False}), (True, {True})) else 2.0
+        return Timing(ms, ms, ms)
+
+    def time_case(subject, batch, mode, options):
+        (subject.training_step if mode == "train" else subject.inference)(batch)()
+        timed.append((mode, are_last(subject.module)))
+        return {"gate": "seen"}
+
+    monkeypatch.setattr(unet_subject, "measure", measure)
+    monkeypatch.setattr(throughput, "time_case", time_case)
+    found = rows("--preset", "unet-tiny", "--backend", "eager", code=1)
+    assert tried == [(t, {last}) for t in (False, True) for last in (False, True)]
+    assert timed == [("infer", {False}), ("train", {True})]
+    assert [row["includes"].rsplit("; ", 1)[1] for row in found] == ["contiguous", "channels last"]
+
+
+def test_a_captured_unet_keeps_what_its_graph_reads_and_is_gated(monkeypatch):
+    """With a graph that is played: it holds nothing itself, as a graph does."""
+    held = []
+
+    def recorded(evaluate, device, name):
+        outputs, known = evaluate(), weakref.ref(evaluate)
+        held.append((known, [weakref.ref(one) for one in outputs]))
+        return lambda: known()(), outputs
+
+    monkeypatch.setattr(unet_subject, "recorded", recorded)
+    cpu = torch.device("cpu")
+    options = Options(cpu, torch.float32, True, CLIP, 24.0, 1, {"fp32_tflop_s": 0.5}, Load(cpu))
+    subject = UNetSubject(UNETS["unet-tiny"], Variant("eager"), options, 2)
+    assert subject.gated()[0] == "ok" and len(held) == 1
+    call = subject.inference(2)
+    gc.collect()
+    evaluate, outputs = held[-1]
+    assert evaluate() is not None and all(one() is not None for one in outputs)
+    assert call()[0] is outputs[0]()
+    assert subject.includes("infer").endswith(CAPTURED)
 
 
 def test_a_wrong_unet_has_no_figure(rows, monkeypatch):
@@ -49,7 +91,8 @@ def test_an_absent_peer_is_a_row_with_its_reason_and_not_a_red_gate_of_ours(rows
     found = rows("--recipe", "fp8", "--backend", "ours", "te", "--mode", "infer")
     ours, peer = found
     assert ours["gate"] == "ok" and "peer" not in ours
-    assert peer["variant"] == "te-fp8" and peer["peer"] is True and "value" not in peer
+    assert peer["variant"] == "te-fp8" and peer["peer"] is peer["absent"] is True
+    assert "value" not in peer
     assert peer["gate"].startswith("NotImplementedError: Transformer Engine is absent")
 
 
@@ -63,7 +106,7 @@ def test_a_peer_that_fails_while_it_is_timed_does_not_lose_the_other_rows(rows, 
     monkeypatch.setattr(fit_subject, "training_step", fails)
     found = rows("--backend", "xformers")
     assert [row["gate"] for row in found] == ["ok", "RuntimeError: no kernel"]
-    assert "value" not in found[1]
+    assert "value" not in found[1] and "absent" not in found[1]
 
 
 def test_a_row_of_a_gpu_that_was_slowed_down_has_no_figure(rows, monkeypatch):
@@ -119,3 +162,78 @@ def test_by_default_a_gpu_runs_all_of_table_2_beside_every_peer():
     assert set(throughput.GPU_BATCHES) == {"unet-85m", "unet-284m", "500m", "3.9b", "3.9b-up"}
     by_batch = [throughput.batches_of(Variant(one), [16, 64]) for one in ("ours", "compile")]
     assert by_batch == [[16, 64], [64]]
+
+
+def test_a_baseline_that_fails_is_a_red_row_and_ours_an_error(rows, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Inductor has a bug")
+
+    with monkeypatch.context() as compiling:
+        compiling.setattr(fit_subject, "compile_by_block", fails)
+        found = rows("--backend", "compile", "ours", "--mode", "infer", code=1)
+    assert [row["gate"] for row in found] == ["RuntimeError: Inductor has a bug", "ok"]
+    assert "peer" not in found[0] and "absent" not in found[0]
+    monkeypatch.setattr(fit_subject, "judged", fails)
+    with pytest.raises(RuntimeError, match="Inductor"):
+        rows("--backend", "ours")
+
+
+def test_nothing_of_a_model_is_left_when_the_next_is_built(rows, monkeypatch):
+    """What is compiled refers to itself, and would wait for the collector."""
+    alive, models = [], []
+
+    def build(*arguments):
+        alive.append([one() is not None for one in models])
+        model = build_model(*arguments)
+        models.append(weakref.ref(model))
+        model.itself = lambda: model
+        return model
+
+    monkeypatch.setattr(fit_subject, "build_model", build)
+    gc.disable()
+    try:
+        rows("--backend", "ours", "eager", "reference", "--mode", "infer")
+    finally:
+        gc.enable()
+    assert alive == [[], [False], [False, False]]
+
+
+def test_the_peak_of_a_case_has_all_that_it_holds(monkeypatch):
+    """The graph of the gate goes before the peak is reset, and is made anew after it."""
+    order = []
+
+    class Subject:
+        config, module = UNETS["unet-tiny"], torch.nn.Linear(1, 1)
+
+        def release(self):
+            order.append("release")
+
+        def inference(self, batch):
+            order.append("capture")
+            return lambda: None
+
+        def floor_ms(self, mode):
+            return 1.0
+
+        def tflop(self, mode):
+            return 1.0
+
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: Timing(1.0, 1.0, 1.0))
+    cuda, told = torch.device("cuda"), Load(torch.device("cpu"))
+    options = Options(cuda, torch.bfloat16, True, CLIP, 24.0, 10, {"bf16_tflop_s": 1.0}, told)
+    row = throughput.time_case(Subject(), 1, "infer", options)
+    assert order == ["release", "empty_cache", "reset_peak_memory_stats", "capture"]
+    assert row["peak_gib"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("device", "floor", "repeats"),
+    [("cuda", 10.0, 50), ("cuda", 40.0, 25), ("cuda", 500.0, 10), ("cpu", 10.0, 10)],
+)
+def test_a_short_call_of_a_gpu_is_timed_for_a_second(device, floor, repeats):
+    told = Load(torch.device("cpu"))
+    options = Options(torch.device(device), torch.bfloat16, True, CLIP, 24.0, 10, {}, told)
+    assert throughput.repeats_of(floor, options) == repeats
