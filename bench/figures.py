@@ -28,6 +28,7 @@ OTHER = ("#7fc8c8", "#1f7a7a")
 MODES = {"infer": "inference", "train": "training"}
 AXES = {"tokens": "patch tokens", "batch": "videos a call", "latents": "latents"}
 DPI = 144
+LEGEND_WIDTH = 1.6  # inches of an entry
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.spines.top": False,
@@ -76,7 +77,8 @@ def table2(record: Record) -> "Figure":
     handles = [_patch(one, facecolor=colour(one)) for one in variants]
     handles.append(_patch("paper, A100 (cut)", **HATCHED))
     handles.append(_line("floor of ours", color="black", linewidth=2))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)))
+    columns = max(2, int(figure.get_figwidth() / LEGEND_WIDTH))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
     figure.suptitle(f"{record['device']['name']}: fastest batch of each variant, lower is better")
     return figure
 

@@ -25,10 +25,11 @@ from snapvideo_core import PRESETS, FITConfig, SnapDiffusion
 from snapvideo_core.flops import graph_tflop
 
 # {kind: the names of its layers}; every layer that the recipe quantises is of one kind. It keeps
-# cond_read, which is here to say what that is for.
+# first_cond_read, which is here to say what that is for.
 KINDS = {
     "self_conditioning_ff": "self_conditioning.ff",
-    "cond_read": "blocks.*.cond_read",
+    "first_cond_read": "blocks.0.cond_read",
+    "cond_read": "blocks.[1-9]*.cond_read",
     "cond_ff": "blocks.*.cond_ff",
     "read": "blocks.*.read",
     "read_ff": "blocks.*.read_ff",

@@ -147,8 +147,9 @@ def _make_plain(module: nn.Module, attention: Attention) -> None:
 
 def _taken(module: nn.Module, name: str) -> bool:
     """Whether torchao is to make fp8 of it: what the recipe fp8 takes, absorbed or not."""
-    sublayers = ("blocks.", "self_conditioning.ff.")
-    return isinstance(module, nn.Linear) and name.startswith(sublayers) and "cond_read" not in name
+    sublayers, kept = ("blocks.", "self_conditioning.ff."), "blocks.0.cond_read."
+    is_linear = isinstance(module, nn.Linear)
+    return is_linear and name.startswith(sublayers) and not name.startswith(kept)
 
 
 def _quantise_by_torchao(model: FIT) -> None:

@@ -183,7 +183,7 @@ def test_e4m3_is_held_to_the_rate_that_was_measured_of_it():
             rate = 2.0 if op.in_fp8 else 1.0
             assert op.predicted_ms(compute) == pytest.approx(op.flops / rate / 1e9, abs=1e-12)
         in_fp8 = {op.place.part for op in ops if op.in_fp8}
-        wanted = {"self-conditioning", "cond read FF", "read FF", "write FF"}
+        wanted = {"self-conditioning", "cond read", "cond read FF", "read FF", "write FF"}
         assert in_fp8 == (wanted | {"global attention", "global FF"} if quantised else set())
 
 

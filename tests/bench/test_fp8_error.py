@@ -8,7 +8,14 @@ import pytest
 import torch
 from fp8_error import FP8, KINDS, RECIPES_OF
 
-from snapkernels import FeedForward, Fp8FeedForward, Fp8GroupRead, LatentAttention, quantise
+from snapkernels import (
+    FeedForward,
+    Fp8FeedForward,
+    Fp8GroupRead,
+    GroupRead,
+    LatentAttention,
+    quantise,
+)
 from snapkernels.modules_fp8 import Fp8Module
 from snapkernels.testing import record
 from snapvideo_core import FIT, PRESETS
@@ -28,7 +35,8 @@ def test_every_quantised_layer_is_of_one_kind():
         projected = config.blocks * (config.name in ("500m", "3.9b"))
         assert found == {
             "self_conditioning_ff": 1,
-            "cond_read": 0,
+            "first_cond_read": 0,
+            "cond_read": config.blocks - 1,
             "cond_ff": config.blocks,
             "read": projected,
             "read_ff": config.blocks,
@@ -47,8 +55,9 @@ def test_a_kind_is_quantised_alone():
 
 
 def test_what_the_recipe_keeps_is_a_kind_of_its_own_too():
-    model = quantise(FIT(TINY).eval(), RECIPES_OF["cond_read"])
-    assert isinstance(model.blocks[1].cond_read, Fp8GroupRead)
+    model = quantise(FIT(TINY).eval(), RECIPES_OF["first_cond_read"])
+    assert isinstance(model.blocks[0].cond_read, Fp8GroupRead)
+    assert isinstance(model.blocks[1].cond_read, GroupRead)
     assert not any(isinstance(m, Fp8FeedForward) for m in model.modules())
 
 

@@ -93,6 +93,7 @@ def test_torchao_is_given_the_linears_of_the_recipe_alone(monkeypatch):
     ffs = ("cond_ff", "read_ff", "write_ff", "global_layers.0.1")
     block |= {f"{name}.{linear}" for name in ffs for linear in ("fc1", "fc2")}
     wanted = {f"blocks.{number}.{name}" for number in range(TINY.blocks) for name in block}
+    wanted |= {f"blocks.1.cond_read.{linear}" for linear in "qkvo"}
     assert set(taken) == wanted | {"self_conditioning.ff.fc1", "self_conditioning.ff.fc2"}
 
 

@@ -152,10 +152,10 @@ def test_a_read_or_write_is_quantised_where_it_is_not_absorbed(config):
     """16 heads by 24 latents of a group are fewer than 1024 columns; by 64 or 96 they are not."""
     absorbed = config.name not in ("500m", "3.9b")
     assert absorbed == (least_tflop(config) < graph_tflop(config))
-    for block in quantised_on_meta(config, "fp8").blocks:
+    for number, block in enumerate(quantised_on_meta(config, "fp8").blocks):
         assert isinstance(block.read, GroupRead if absorbed else Fp8GroupRead)
         assert isinstance(block.write, GroupWrite if absorbed else Fp8GroupWrite)
-        assert isinstance(block.cond_read, GroupRead)
+        assert isinstance(block.cond_read, Fp8GroupRead if number else GroupRead)
         assert isinstance(block.read_ff, Fp8FeedForward)
         assert isinstance(block.global_layers[0][0], Fp8LatentAttention)
 
@@ -191,14 +191,14 @@ def test_quantised_work_is_what_the_layers_of_the_recipe_do(config, change):
 
 
 def test_the_share_of_the_work_that_is_quantised():
-    for config, percent in [(FIT_500M, 93.6), (FIT_3_9B, 96.1), (FIT_3_9B_UP, 86.4)]:
+    for config, percent in [(FIT_500M, 94.9), (FIT_3_9B, 96.9), (FIT_3_9B_UP, 86.7)]:
         share = 100 * quantised_tflop(config, RECIPES["fp8"]) / least_tflop(config)
         assert share == pytest.approx(percent, abs=0.05)
 
 
 def test_the_floor_is_each_product_at_the_rate_of_its_format():
     rates = {"tflop_s": 709.0, "quantised_tflop_s": 1311.0}
-    floors = [(FIT_500M, 0.99, 0.565), (FIT_3_9B, 9.08, 5.07), (FIT_3_9B_UP, 33.5, 20.2)]
+    floors = [(FIT_500M, 0.99, 0.559), (FIT_3_9B, 9.08, 5.04), (FIT_3_9B_UP, 33.5, 20.2)]
     for config, bf16, fp8 in floors:
         assert floor_ms(config, RECIPES["bf16"], **rates) == pytest.approx(bf16, rel=1e-2)
         assert floor_ms(config, RECIPES["fp8"], **rates) == pytest.approx(fp8, rel=1e-2)

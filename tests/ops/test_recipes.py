@@ -43,7 +43,9 @@ def model():
                 "read": GroupRead(16, 16, 4),
                 "write": GroupWrite(16, 16, 4, group=(8, 100)),  # 32 columns for 16
                 "absorbed": GroupWrite(16, 16, 4, group=(2, 100)),
-                "cond_read": GroupRead(16, 16, 4),
+                "blocks": nn.ModuleList(
+                    nn.ModuleDict({"cond_read": GroupRead(16, 16, 4)}) for _ in "ab"
+                ),
                 "ff": FeedForward(16),
                 "halved": Halved(16),
             }
@@ -53,14 +55,17 @@ def model():
 
 def test_layers_are_replaced_where_they_stand_and_others_stay():
     before = model().bfloat16()
-    others = [before[0], *(before[2][name] for name in ("absorbed", "cond_read", "halved"))]
+    others = [before[0], before[2]["absorbed"], before[2]["blocks"][0]["cond_read"]]
+    others.append(before[2]["halved"])
     after = quantise(before, "fp8")
     assert after is before and after.recipe is FP8
     assert isinstance(after[1][0], Fp8LatentAttention)
     assert isinstance(after[1][1], Fp8FeedForward) and isinstance(after[2]["ff"], Fp8FeedForward)
     assert isinstance(after[2]["read"], Fp8GroupRead)
     assert isinstance(after[2]["write"], Fp8GroupWrite)
-    left = [after[0], *(after[2][name] for name in ("absorbed", "cond_read", "halved"))]
+    left = [after[0], after[2]["absorbed"], after[2]["blocks"][0]["cond_read"]]
+    left.append(after[2]["halved"])
+    assert isinstance(after[2]["blocks"][1]["cond_read"], Fp8GroupRead)
     assert all(a is b for a, b in zip(left, others, strict=True))
     assert not any(module.training for module in after.modules())
 
