@@ -24,6 +24,7 @@ from support import (
     CLIP,
     OUT_OF_MEMORY,
     figures,
+    is_shared,
     positive_int,
     reported_out_of_memory,
     say,
@@ -75,8 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not on_gpu:
         print(f"No NVIDIA GPU here: CPU figures ({', '.join(presets)}).", flush=True)
     load, dtype = Load(device), torch.bfloat16 if on_gpu else torch.float32
-    if shared := load.shared():
-        print(f"error: {shared}: no figure would be of this program alone", file=sys.stderr)
+    if is_shared(load):
         return 2
     say("measuring the ceilings of this machine")
     options = Options(

@@ -21,7 +21,15 @@ from fit_subject import FORWARDS, INCLUDES, inference, training_step
 from gate import LIMITS, Inputs, use_backend
 from scaling import line
 from subject import CAPTURED, Options
-from support import CLIP, OUT_OF_MEMORY, figures, reported_out_of_memory, say, significant
+from support import (
+    CLIP,
+    OUT_OF_MEMORY,
+    figures,
+    is_shared,
+    reported_out_of_memory,
+    say,
+    significant,
+)
 from torch import nn
 from workload import Batch, build_model, load_batch
 
@@ -149,8 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not on_gpu:
         print("No NVIDIA GPU here: CPU figures, of small models.", flush=True)
     load = Load(device)
-    if shared := load.shared():
-        print(f"error: {shared}: no figure would be of this program alone", file=sys.stderr)
+    if is_shared(load):
         return 2
     say("measuring the ceilings of this machine")
     run = Run(

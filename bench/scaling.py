@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from support import OUT_OF_MEMORY, reported_out_of_memory, say, significant
+from support import OUT_OF_MEMORY, is_shared, reported_out_of_memory, say, significant
 
 from snapkernels.dispatch import choose
 from snapkernels.registry import OPS, Op
@@ -62,8 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cpu":
         print(f"No NVIDIA GPU here: CPU figures, to {CPU_MOST_TOKENS} tokens.", flush=True)
     load = Load(device)
-    if shared := load.shared():
-        print(f"error: {shared}: no figure would be of this program alone", file=sys.stderr)
+    if is_shared(load):
         return 2
     say("measuring the ceilings of this machine")
     ceilings = measure_ceilings(device, dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from snapkernels.testing.load import Load
 from snapkernels.testing.timing import Timing
 
 CLIP = Path(__file__).resolve().parent / "clips" / "big_buck_bunny.mp4"
@@ -57,6 +58,13 @@ def figures(timing: Timing, floor: float, share: int = 1) -> dict[str, float]:
     value, p20, p80 = (significant(ms / share) for ms in timing)
     told = {"value": value, "p20": p20, "p80": p80, "floor": significant(floor)}
     return told | {"pct_of_floor": round(100 * floor / value, 1)}
+
+
+def is_shared(load: Load) -> bool:
+    """Whether others use the GPU too, which is said: a bench then ends in code 2."""
+    if reason := load.shared():
+        print(f"error: {reason}: no figure would be of this program alone", file=sys.stderr)
+    return reason is not None
 
 
 def significant(value: float) -> float:

@@ -23,6 +23,7 @@ from support import (
     CLIP,
     OUT_OF_MEMORY,
     figures,
+    is_shared,
     positive_float,
     positive_int,
     reported_out_of_memory,
@@ -92,8 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     load = Load(device)
-    if shared := load.shared():
-        print(f"error: {shared}: no figure would be of this program alone", file=sys.stderr)
+    if is_shared(load):
         return 2
     flags = [f"--{k}" if v is True else f"--{k} {v}" for k, v in _reproducible(args).items()]
     command = " ".join(["python bench/throughput.py", *flags])

@@ -1,14 +1,20 @@
 """What the tests of the benches share."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import page
 import pytest
 import throughput
 import torch
 from made_records import make_records
+from subject import Options
+from support import CLIP
 
+from snapkernels.testing.load import Load
 from snapkernels.testing.timing import Timing
+from snapvideo_core import capture
 
 
 @pytest.fixture
@@ -33,3 +39,39 @@ def text():
     """The page of made-up records."""
     whole = make_records()
     return page.render(whole, page.pictures(whole))
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """A CUDA graph of a FIT is played on any device; the batch of every one that was recorded."""
+    batches = []
+
+    def recorded(evaluate, device, name):
+        outputs = evaluate()
+        batches.append(len(outputs[0]))
+
+        def replay():
+            for memory, result in zip(outputs, evaluate(), strict=True):
+                memory.copy_(result)
+
+        return replay, outputs
+
+    monkeypatch.setattr(capture, "recorded", recorded)
+    return batches
+
+
+@pytest.fixture
+def cpu_options():
+    """A function of changes: what a run on a CPU has in common."""
+    cpu = torch.device("cpu")
+    options = Options(
+        device=cpu,
+        dtype=torch.float32,
+        capture=False,
+        clip=CLIP,
+        framerate=24.0,
+        repeats=1,
+        ceilings={"fp32_tflop_s": 0.5, "bf16_tflop_s": 0.5},
+        load=Load(cpu),
+    )
+    return partial(replace, options)

@@ -14,7 +14,7 @@ from workload import build_model
 from snapkernels.testing import record
 from snapkernels.testing.load import Load
 from snapkernels.testing.timing import Timing
-from snapvideo_core import FIT, capture, fit
+from snapvideo_core import FIT, fit
 from snapvideo_core.flops import graph_tflop, least_tflop
 
 CPU = torch.device("cpu")
@@ -246,26 +246,13 @@ def test_memory_is_given_back_once_the_gradients_are_gone(monkeypatch):
     assert seen == [None]
 
 
-def test_inference_by_a_graph_is_gated_and_timed_and_says_so(monkeypatch):
+def test_inference_by_a_graph_is_gated_and_timed_and_says_so(played):
     """With a graph that is played."""
-    captured = []
-
-    def recorded(evaluate, device, name):
-        outputs = evaluate()
-        captured.append(len(outputs[0]))
-
-        def replay():
-            for memory, result in zip(outputs, evaluate(), strict=True):
-                memory.copy_(result)
-
-        return replay, outputs
-
-    monkeypatch.setattr(capture, "recorded", recorded)
     model = build_model(PLAN.first_stage, CPU, torch.float32, None)
     run = run_of("infer", "train", captured=True)
     rows = list(model_scaling.bench_axis("batch", model, run))
     assert {row["gate"] for row in rows} == {"ok"}
-    assert captured == [1, 1, 2, 2, 4, 4]
+    assert played == [1, 1, 2, 2, 4, 4]
     for row in rows:
         assert ("CUDA graph" in row["includes"]) == row["case"].endswith("infer")
         assert ("by plain calls" in row["includes"]) == row["case"].endswith("train")

@@ -9,12 +9,11 @@ import pytest
 import torch
 from fit_subject import FITSubject
 from gate import Inputs, expected_output, judged
-from subject import PEERS, Options, Variant
+from subject import PEERS, Variant
 from support import CLIP
 from workload import build_model, load_batch
 
 from snapkernels import RECIPES
-from snapkernels.testing.load import Load
 from snapvideo_core import FIT
 from snapvideo_core.config import TINY
 
@@ -127,17 +126,10 @@ def test_a_block_is_compiled_once_for_all(monkeypatch):
     assert counts[0] == counts[1] > 0
 
 
-def test_a_peer_quantised_is_held_to_the_limit_of_fp8_and_gated_at_its_batch(monkeypatch):
-    options = Options(
-        device=CPU,
-        dtype=torch.bfloat16,
-        capture=False,
-        clip=CLIP,
-        framerate=24.0,
-        repeats=1,
-        ceilings={"bf16_tflop_s": 1.0},
-        load=Load(CPU),
-    )
+def test_a_peer_quantised_is_held_to_the_limit_of_fp8_and_gated_at_its_batch(
+    monkeypatch, cpu_options
+):
+    options = cpu_options(dtype=torch.bfloat16)
     monkeypatch.setattr("fit_subject.require_peer", lambda name: None)
     batches = []
 

@@ -1,5 +1,6 @@
 """Ratios: which rows are compared, how wide they are, and which are refused."""
 
+import made_records
 import pytest
 import tables
 from paper import PAPER_A100
@@ -7,22 +8,8 @@ from ratios import against_peers, best, paper_ratios, ratio
 
 
 def row(case="model/500m/infer", variant="ours-bf16", batch=16, value=2.0, **more):
-    return {
-        "case": case,
-        "variant": variant,
-        "batch": batch,
-        "unit": "ms/video",
-        "better": "lower",
-        "gate": "ok",
-        "includes": "one denoiser evaluation, no guidance",
-        "value": value,
-        "p20": 0.9 * value,
-        "p80": 1.2 * value,
-        "floor": 1.0,
-        "pct_of_floor": round(100 / value, 1),
-        "tflop": 0.7,
-        "probe_tflop_s": 800.0,
-    } | more
+    spread = {"p20": 0.9 * value, "p80": 1.2 * value, "probe_tflop_s": 800.0}
+    return made_records.row(case, variant, batch, value, **(spread | more))
 
 
 def red(gate="out of memory", **more):

@@ -11,16 +11,15 @@ import support
 import throughput
 import torch
 from fit_subject import inference
-from subject import CAPTURED, Options, Variant
+from subject import CAPTURED, Variant
 from support import CLIP
 from video_files import quadrants, write_image
 from workload import load_batch
 
 from snapkernels import RECIPES, FeedForward, Fp8FeedForward, LatentAttention
 from snapkernels.testing import record
-from snapkernels.testing.load import Load
 from snapkernels.testing.timing import Timing
-from snapvideo_core import FIT, capture, read_clip
+from snapvideo_core import FIT, read_clip
 from snapvideo_core.config import TINY, TINY_UP
 from snapvideo_core.flops import graph_tflop, least_tflop, quantised_tflop
 
@@ -318,35 +317,12 @@ def test_an_fp8_model_is_held_to_plain_fp8_and_to_the_weights_it_was_made_of(row
     assert "value" not in row
 
 
-def test_a_captured_model_is_gated_and_timed_and_says_so(monkeypatch):
+def test_a_captured_model_is_gated_and_timed_and_says_so(played, cpu_options):
     """With a graph that is played."""
-    captured = []
-
-    def recorded(evaluate, device, name):
-        outputs = evaluate()
-        captured.append(len(outputs[0]))
-
-        def replay():
-            for memory, result in zip(outputs, evaluate(), strict=True):
-                memory.copy_(result)
-
-        return replay, outputs
-
-    monkeypatch.setattr(capture, "recorded", recorded)
-    cpu = torch.device("cpu")
-    options = Options(
-        device=cpu,
-        dtype=torch.float32,
-        capture=True,
-        clip=CLIP,
-        framerate=24.0,
-        repeats=1,
-        ceilings={"fp32_tflop_s": 0.5},
-        load=Load(cpu),
-    )
+    options = cpu_options(capture=True)
     found = throughput.bench_variant("tiny", Variant("ours"), [2], ("infer", "train"), options)
     infer, train = found
-    assert captured == [1, 2]  # for the gate, and to be timed
+    assert played == [1, 2]  # for the gate, and to be timed
     assert infer["gate"] == train["gate"] == "ok"
     assert CAPTURED in infer["includes"] and CAPTURED not in train["includes"]
 

@@ -9,8 +9,7 @@ import pytest
 import throughput
 import torch
 import unet_subject
-from subject import CAPTURED, Options, Variant
-from support import CLIP
+from subject import CAPTURED, Variant
 from unet import UNETS
 from unet_subject import UNetSubject
 from workload import build_model
@@ -59,7 +58,7 @@ def test_the_unets_format_is_the_faster_one_of_each_mode(rows, monkeypatch):
     assert [row["includes"].rsplit("; ", 1)[1] for row in found] == ["contiguous", "channels last"]
 
 
-def test_a_captured_unet_keeps_what_its_graph_reads_and_is_gated(monkeypatch):
+def test_a_captured_unet_keeps_what_its_graph_reads_and_is_gated(monkeypatch, cpu_options):
     """With a graph that is played: it holds nothing itself, as a graph does."""
     held = []
 
@@ -69,8 +68,7 @@ def test_a_captured_unet_keeps_what_its_graph_reads_and_is_gated(monkeypatch):
         return lambda: known()(), outputs
 
     monkeypatch.setattr(unet_subject, "recorded", recorded)
-    cpu = torch.device("cpu")
-    options = Options(cpu, torch.float32, True, CLIP, 24.0, 1, {"fp32_tflop_s": 0.5}, Load(cpu))
+    options = cpu_options(capture=True)
     subject = UNetSubject(UNETS["unet-tiny"], Variant("eager"), options, 2)
     assert subject.gated()[0] == "ok" and len(held) == 1
     call = subject.inference(2)
@@ -198,7 +196,7 @@ def test_nothing_of_a_model_is_left_when_the_next_is_built(rows, monkeypatch):
     assert alive == [[], [False], [False, False]]
 
 
-def test_the_peak_of_a_case_has_all_that_it_holds(monkeypatch):
+def test_the_peak_of_a_case_has_all_that_it_holds(monkeypatch, cpu_options):
     """The graph of the gate goes before the peak is reset, and is made anew after it."""
     order = []
 
@@ -222,8 +220,7 @@ def test_the_peak_of_a_case_has_all_that_it_holds(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
     monkeypatch.setattr(throughput, "measure", lambda *_, **__: Timing(1.0, 1.0, 1.0))
-    cuda, told = torch.device("cuda"), Load(torch.device("cpu"))
-    options = Options(cuda, torch.bfloat16, True, CLIP, 24.0, 10, {"bf16_tflop_s": 1.0}, told)
+    options = cpu_options(device=torch.device("cuda"), capture=True)
     row = throughput.time_case(Subject(), 1, "infer", options)
     assert order == ["release", "empty_cache", "reset_peak_memory_stats", "capture"]
     assert row["peak_gib"] == 1.0
@@ -233,7 +230,6 @@ def test_the_peak_of_a_case_has_all_that_it_holds(monkeypatch):
     ("device", "floor", "repeats"),
     [("cuda", 10.0, 50), ("cuda", 40.0, 25), ("cuda", 500.0, 10), ("cpu", 10.0, 10)],
 )
-def test_a_short_call_of_a_gpu_is_timed_for_a_second(device, floor, repeats):
-    told = Load(torch.device("cpu"))
-    options = Options(torch.device(device), torch.bfloat16, True, CLIP, 24.0, 10, {}, told)
+def test_a_short_call_of_a_gpu_is_timed_for_a_second(device, floor, repeats, cpu_options):
+    options = cpu_options(device=torch.device(device), repeats=10)
     assert throughput.repeats_of(floor, options) == repeats
