@@ -273,7 +273,10 @@ def time_case(subject: Subject, batch: int, mode: str, options: Options) -> dict
     ):
         return {"gate": "a gradient is missing or not finite"}
     floor = subject.floor_ms(mode)
-    told: dict[str, Any] = {"tflop": significant(subject.tflop(mode))}
+    told: dict[str, Any] = {
+        "tflop": significant(subject.tflop(mode)),
+        "includes": subject.includes(mode),
+    }
     if probe := options.load.probe():
         told["probe_tflop_s"] = probe
     repeats = repeats_of(floor * batch, options)

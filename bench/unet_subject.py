@@ -37,7 +37,7 @@ class UNetSubject:
         config: its sizes.
         variant: of the backends "eager" and "compile".
         options: of the run.
-        batch: the first that is timed: formats are tried and what is compiled is gated at it.
+        batch: the first that is timed: it is gated at it.
     """
 
     def __init__(self, config: UNetConfig, variant: Variant, options: Options, batch: int):
@@ -53,7 +53,7 @@ class UNetSubject:
             self._call = torch.compile(self.module, dynamic=False)
 
     def gated(self) -> tuple[str, dict[str, float]]:
-        """Choose the formats, then hold what is timed against a float64 copy, on one video."""
+        """Hold what is timed against a float64 copy, on one video."""
         data = self._batch(self.gate_batch)
         x = SnapDiffusion(sigma_in=self.config.sigma_in).network_input(data.x_sigma, data.sigma)
         wide = (one[:1].double() for one in (x, data.sigma, data.cond.text))
@@ -61,8 +61,6 @@ class UNetSubject:
         with torch.no_grad():
             expected = unet_reference(self.module)(*wide, data.cond.text_mask[:1])
         torch.backends.cudnn.benchmark = True
-        for mode in self.modes:
-            self._formats[mode] = self._faster_format(mode, data)
         _, found = self.inference(self.gate_batch)()
         error = relative_rms(found[:1], expected)
         limit = LIMITS[self.options.dtype]
@@ -73,25 +71,26 @@ class UNetSubject:
 
     def inference(self, batch: int) -> Callable[[], Outputs]:
         """One denoiser evaluation: c_in and c_skip scaling, network; it returns D and F."""
-        self._lay_out("infer")
-        self.module.eval()
-        evaluate = partial(denoised, self._call, self.config, self._batch(batch))
+        data = self._batch(batch)
+        self._prepare("infer", data)
+        evaluate = partial(denoised, self._call, self.config, data)
         if not self.options.capture:
             return evaluate
         return Replayed(evaluate, *recorded(evaluate, self.options.device, self.config.name))
 
     def training_step(self, batch: int) -> Callable[[], object]:
         """A forward and a backward pass."""
-        self._lay_out("train")
-        self.module.train()
-        return partial(step, self.module, self._call, self.config, self._batch(batch))
+        data = self._batch(batch)
+        self._prepare("train", data)
+        return partial(step, self.module, self._call, self.config, data)
 
     def release(self) -> None:
         """It keeps nothing."""
 
     def includes(self, mode: str) -> str:
         captured = self.options.capture and mode == "infer"
-        return f"{INCLUDES[mode]}; {self._formats.get(mode)}" + CAPTURED * captured
+        laid_out = f"; {self._formats[mode]}" if mode in self._formats else ""
+        return INCLUDES[mode] + laid_out + CAPTURED * captured
 
     def tflop(self, mode: str) -> float:
         return unet_tflop(self.config) * FORWARDS[mode]
@@ -103,12 +102,16 @@ class UNetSubject:
         options = self.options
         return load_batch(options.clip, self.config, videos, options.framerate, options.device)
 
-    def _lay_out(self, mode: str) -> None:
+    def _prepare(self, mode: str, data: Batch) -> None:
+        """Bring the module into its mode, and into the format that its first batch finds faster."""
+        self.module.train(mode == "train")
+        if mode not in self._formats:
+            self._formats[mode] = self._faster_format(mode, data)
         lay_out(self.module, FORMATS[self._formats[mode]])
 
     def _faster_format(self, mode: str, data: Batch) -> str:
         """By eager calls of the mode."""
-        model = self.module.train(mode == "train")
+        model = self.module
         run: Callable[..., object] = partial(step, model) if mode == "train" else denoised
         times = {}
         for name, memory_format in FORMATS.items():
@@ -116,6 +119,9 @@ class UNetSubject:
             call = partial(run, model, self.config, data)
             times[name] = measure(call, self.options.device, repeats=TRIAL_REPEATS).median
         model.zero_grad(set_to_none=True)
+        if self.options.device.type == "cuda":  # a peak is to have nothing of the trials
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         return min(times, key=times.__getitem__)
 
 

@@ -48,7 +48,7 @@ def test_the_unets_format_is_the_faster_one_of_each_mode(rows, monkeypatch):
     def time_case(subject, batch, mode, options):
         (subject.training_step if mode == "train" else subject.inference)(batch)()
         timed.append((mode, are_last(subject.module)))
-        return {"gate": "seen"}
+        return {"gate": "seen", "includes": subject.includes(mode)}
 
     monkeypatch.setattr(unet_subject, "measure", measure)
     monkeypatch.setattr(throughput, "time_case", time_case)
@@ -56,6 +56,27 @@ def test_the_unets_format_is_the_faster_one_of_each_mode(rows, monkeypatch):
     assert tried == [(t, {last}) for t in (False, True) for last in (False, True)]
     assert timed == [("infer", {False}), ("train", {True})]
     assert [row["includes"].rsplit("; ", 1)[1] for row in found] == ["contiguous", "channels last"]
+
+
+def test_what_is_not_timed_is_not_tried(rows, monkeypatch):
+    """A step of training may not fit where an evaluation does."""
+    monkeypatch.setattr(unet_subject, "step", lambda *_: pytest.fail("it was trained"))
+    (row,) = rows("--preset", "unet-tiny", "--backend", "eager", "--mode", "infer")
+    assert row["gate"] == "ok"
+
+
+def test_a_peak_has_nothing_of_the_trials(monkeypatch, cpu_options):
+    order = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
+    monkeypatch.setattr(
+        unet_subject, "measure", lambda *_, **__: order.append("trial") or Timing(1.0, 1.0, 1.0)
+    )
+    monkeypatch.setattr(UNetSubject, "_batch", lambda self, videos: None)
+    subject = UNetSubject(UNETS["unet-tiny"], Variant("eager"), cpu_options(), 1)
+    subject.options = cpu_options(device=torch.device("cuda"))
+    subject.training_step(1)
+    assert order == ["trial", "trial", "empty_cache", "reset_peak_memory_stats"]
 
 
 def test_a_captured_unet_keeps_what_its_graph_reads_and_is_gated(monkeypatch, cpu_options):
@@ -209,6 +230,9 @@ def test_the_peak_of_a_case_has_all_that_it_holds(monkeypatch, cpu_options):
         def inference(self, batch):
             order.append("capture")
             return lambda: None
+
+        def includes(self, mode):
+            return "nothing"
 
         def floor_ms(self, mode):
             return 1.0
